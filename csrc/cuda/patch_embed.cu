@@ -1,0 +1,1 @@
+// The patch-embedding kernel for NVIDIA GPUs.

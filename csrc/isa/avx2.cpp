@@ -1,0 +1,2 @@
+#define GPT4V_FAST_ISA avx2
+#include "isa/table.h"

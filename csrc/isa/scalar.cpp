@@ -1,0 +1,2 @@
+#define GPT4V_FAST_ISA scalar
+#include "isa/table.h"

@@ -1,0 +1,32 @@
+// Included once by each ISA's file, which names its namespace in GPT4V_FAST_ISA. Everything below a kernel lives in
+// that namespace or is a system header's macro or intrinsic: the linker keeps one copy of an inline function, and it
+// must not be one compiled for a processor that the caller does not have (tests/test_build.py looks for such symbols).
+#pragma once
+
+#include "dispatch.h"
+#include "kernels/attention.h"
+#include "kernels/cross_entropy.h"
+#include "kernels/linear_cross_entropy.h"
+#include "kernels/patch_embed.h"
+
+#define GPT4V_FAST_STRINGIFY_(x) #x
+#define GPT4V_FAST_STRINGIFY(x) GPT4V_FAST_STRINGIFY_(x)
+
+namespace gpt4v_fast::GPT4V_FAST_ISA {
+
+const Kernels& table() {
+  static constexpr Kernels kTable = {
+      GPT4V_FAST_STRINGIFY(GPT4V_FAST_ISA),
+      attention_forward,
+      attention_backward,
+      cross_entropy_forward,
+      cross_entropy_backward,
+      linear_cross_entropy_forward,
+      linear_cross_entropy_backward,
+      patch_embed_forward,
+      patch_embed_backward,
+  };
+  return kTable;
+}
+
+}  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -1,0 +1,54 @@
+"""Fast attention, softmax cross-entropy and patch embedding for vision-language models in PyTorch.
+
+    import gpt4v_fast as gf
+    out = gf.attention(q, k, v, mask=gf.Mask(causal=True))
+    loss = gf.linear_cross_entropy(hidden, weight, target)
+    tokens = gf.patch_embed(pixels, weight)
+
+Each op runs on C++ SIMD kernels on a CPU and on Triton or CUDA kernels on a GPU; `explain` says which one.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from gpt4v_fast import _native  # imports torch before the extension
+from gpt4v_fast.backends import FallbackError, explain, force, strict
+from gpt4v_fast.masks import Mask
+from gpt4v_fast.ops.attention import attention
+
+__version__ = "0.1.0"
+
+# The model needs transformers; it is imported when one of its names is first used.
+_MODEL_NAMES = (
+    "GPT4VConfig",
+    "GPT4VForConditionalGeneration",
+    "GPT4VImageProcessor",
+    "GPT4VModel",
+    "GPT4VProcessor",
+    "GPT4VTokenizer",
+)
+_SUBMODULES = ("models", "nn", "reference")
+
+__all__ = [
+    "FallbackError",
+    "Mask",
+    "attention",
+    "explain",
+    "force",
+    "strict",
+    *_MODEL_NAMES,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODEL_NAMES:
+        return getattr(importlib.import_module("gpt4v_fast.models.gpt4v"), name)
+    if name in _SUBMODULES:
+        return importlib.import_module(f"gpt4v_fast.{name}")
+    raise AttributeError(f"module 'gpt4v_fast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODEL_NAMES, *_SUBMODULES])

@@ -1,0 +1,112 @@
+"""Byte-level BPE by the `tokenizers` library: any text has tokens, Chinese, English or neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ..checkpoint import check_folder
+
+PAD, END, IMAGE, SYSTEM, USER, ASSISTANT = (
+    "<|pad|>",
+    "<|end|>",
+    "<image>",
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+)
+SPECIAL_TOKENS = (PAD, END, USER, IMAGE, ASSISTANT, SYSTEM)  # in the order of their ids
+
+# Words with the space before them, numbers digit by digit (so that arithmetic sees place values), runs of symbols, space.
+WORDS = r"""'(?i:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endif %}"
+    "{{ '<|end|>' }}{% endgeneration %}"
+    "{% elif message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<image>' }}{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+class GPT4VTokenizer(PreTrainedTokenizerFast):
+    """Byte-level BPE with the special tokens of the family; pads on the left, as generation needs it.
+
+    A chat is `<|user|>question<|assistant|>answer<|end|>`, an image is `<image>` in the text.
+    """
+
+    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        *args: Any,
+        bos_token: str = END,
+        eos_token: str = END,
+        pad_token: str = PAD,
+        image_token: str = IMAGE,
+        chat_template: str | None = CHAT_TEMPLATE,
+        clean_up_tokenization_spaces: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            *args,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            pad_token=pad_token,
+            chat_template=chat_template,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
+        self.image_token = image_token
+        self.image_token_id = self.convert_tokens_to_ids(image_token)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> GPT4VTokenizer:
+        """transformers' `from_pretrained`; raises FileNotFoundError for a folder without tokenizer.json."""
+        check_folder(pretrained_model_name_or_path, ("tokenizer.json",))
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @classmethod
+    def train_from_iterator(cls, texts: Iterable[str], vocab_size: int, **kwargs: Any) -> GPT4VTokenizer:
+        """A tokenizer learnt from `texts`.
+
+        Args:
+            vocab_size: at most so many tokens: the 256 bytes, the special tokens, then merges while pairs repeat.
+        Raises:
+            ValueError: a vocab_size below the bytes and special tokens.
+        """
+        least = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < least:
+            raise ValueError(f"vocab_size must be at least {least} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), "
+                             f"got {vocab_size}")
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer_object=tokenizer, extra_special_tokens=[USER, IMAGE, ASSISTANT, SYSTEM], **kwargs)
+
+
+__all__ = ["GPT4VTokenizer"]

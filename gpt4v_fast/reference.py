@@ -1,0 +1,294 @@
+"""The oracle of every op under the op's own name: plain PyTorch, every argument, in the dtype of its inputs.
+
+Give it float64 tensors and it is the exact answer that tests compare with; give it the tested dtype and it is what
+PyTorch itself would compute. Everything is differentiable by autograd. Nothing here is fast, and nothing picks it
+silently (see backends.py).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from gpt4v_fast.masks import Mask, MaskTensors, dense_mask
+
+_NO_IDS = MaskTensors(None, None, None, None, None)
+_UINT32 = 0xFFFFFFFF
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(mask(softcap(scale * q k^T) + bias + alibi), sinks) v; arguments as `gpt4v_fast.attention`."""
+    S, T = q.shape[2], k.shape[2]
+    mask = mask if mask is not None else Mask()
+    ids = mask.resolve(q.shape[0], S, T, q.device)
+    return attention_core(
+        q,
+        k,
+        v,
+        ids=ids,
+        causal=mask.causal,
+        offset=mask.offset(S, T),
+        window=mask.window or (None, None),
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+    )
+
+
+def attention_core(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    ids: MaskTensors = _NO_IDS,
+    causal: bool = False,
+    offset: int | torch.Tensor = 0,
+    window: tuple[int | None, int | None] = (None, None),
+    scale: float | None = None,
+    softcap: float | None = None,
+    bias: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    sequence: int = 0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` after the mask is taken apart; `offset` may differ by batch entry; `sequence` is the index of the
+    first batch entry in the dropout generator's counter."""
+    B, H, S, D = q.shape
+    Hkv, T = k.shape[1], k.shape[2]
+    scale = D**-0.5 if scale is None else scale
+    k = k.repeat_interleave(H // Hkv, dim=1)
+    v = v.repeat_interleave(H // Hkv, dim=1)
+
+    scores = (q @ k.transpose(-1, -2)) * scale  # (B, H, S, T)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None and bias.dtype != torch.bool:
+        scores = scores + bias.to(scores.dtype)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(scores.dtype).expand(B, H)[:, :, None, None]
+        step = offset.view(-1, 1, 1, 1) if isinstance(offset, torch.Tensor) else offset
+        i = torch.arange(S, device=q.device)[:, None]
+        j = torch.arange(T, device=q.device)[None, :]
+        scores = scores - slopes * (j - i - step).abs().to(scores.dtype)
+    allowed = dense_mask(S, T, q.device, causal=causal, offset=offset, window=window, ids=ids)
+    if bias is not None and bias.dtype == torch.bool:
+        allowed = allowed & bias
+    scores = scores.masked_fill(~allowed, -math.inf)
+
+    logits = scores
+    if sinks is not None:
+        extra = sinks.to(scores.dtype).view(1, H, 1, 1).expand(B, H, S, 1)
+        logits = torch.cat([scores, extra], dim=-1)
+    lse = torch.logsumexp(logits, dim=-1) if logits.shape[-1] else scores.new_full((B, H, S), -math.inf)
+    seen = lse != -math.inf  # a NaN row counts as seen, so that it stays NaN
+    # A row that sees nothing: subtracting 0 instead of -inf leaves exp(-inf) = 0, with zero gradients.
+    probabilities = torch.exp(scores - torch.where(seen, lse, torch.zeros_like(lse))[..., None])
+    if dropout_p:
+        keep = dropout_keep(dropout_seed, dropout_p, B, H, S, T, q.device, sequence)
+        probabilities = probabilities * keep / (1.0 - dropout_p)
+    out = probabilities @ v
+    return (out, lse) if return_lse else out
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    align: str = "bottom_right",
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int = 0,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """`attention` sequence by sequence; arguments as `gpt4v_fast.attention_varlen`. lse is (H, Nq)."""
+    outs, lses = [], []
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for b in range(len(starts_q) - 1):
+        rows = slice(starts_q[b], starts_q[b + 1])
+        keys = slice(starts_k[b], starts_k[b + 1])
+        S, T = rows.stop - rows.start, keys.stop - keys.start
+        slopes = alibi_slopes
+        if slopes is not None and slopes.dim() == 2:
+            slopes = slopes[b : b + 1]
+        out, lse = attention_core(
+            q[rows].transpose(0, 1)[None],
+            k[keys].transpose(0, 1)[None],
+            v[keys].transpose(0, 1)[None],
+            causal=causal,
+            offset=T - S if align == "bottom_right" else 0,
+            window=window or (None, None),
+            scale=scale,
+            softcap=softcap,
+            alibi_slopes=slopes,
+            sinks=sinks,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
+            sequence=b,
+            return_lse=True,
+        )
+        outs.append(out[0].transpose(0, 1))
+        lses.append(lse[0])
+    Nq, H = q.shape[:2]
+    covered = starts_q[-1] - starts_q[0] if starts_q else 0
+    if not outs or covered != Nq:
+        outs.append(q.new_zeros(Nq - covered, H, v.shape[-1]))
+        lses.append(q.new_full((H, Nq - covered), -math.inf))
+    out, lse = torch.cat(outs), torch.cat(lses, dim=1)
+    return (out, lse) if return_lse else out
+
+
+def attention_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Append, rotate, attend; arguments as `gpt4v_fast.attention_kvcache`. The caches are written in place."""
+    S = q.shape[1]
+    lengths = cache_lengths.to(torch.int64)
+    if rotary_cos is not None and rotary_sin is not None:
+        first = lengths if k is not None else lengths - S
+        q = rotate(q, rotary_cos, rotary_sin, first)
+        if k is not None:
+            k = rotate(k, rotary_cos, rotary_sin, lengths)
+    total = lengths
+    if k is not None and v is not None:
+        append_to_cache(k_cache, k, lengths, block_table)
+        append_to_cache(v_cache, v, lengths, block_table)
+        total = lengths + k.shape[1]
+    if block_table is not None:
+        k_cache, v_cache = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
+    out = attention_core(
+        q.transpose(1, 2),
+        k_cache.transpose(1, 2).to(q.dtype),
+        v_cache.transpose(1, 2).to(q.dtype),
+        ids=MaskTensors(None, None, None, None, total),
+        causal=causal,
+        offset=total - S,
+        window=window or (None, None),
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=True,
+    )
+    return (out[0].transpose(1, 2), out[1]) if return_lse else out[0].transpose(1, 2)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x (B, S, H, D) at positions first[b] + s, halves convention (GPT-NeoX, Llama).
+
+    cos, sin: (positions, R / 2); the first R of D are rotated: x1 cos - x2 sin, x2 cos + x1 sin. Positions past the
+    table are refused by the public function; here a negative one counts as 0.
+    """
+    half = cos.shape[-1]
+    positions = (first[:, None] + torch.arange(x.shape[1], device=x.device)).clamp(min=0)  # (B, S)
+    cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (cos, sin))
+    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+
+
+def append_to_cache(
+    cache: torch.Tensor, new: torch.Tensor, lengths: torch.Tensor, block_table: torch.Tensor | None
+) -> None:
+    """Writes new (B, S, Hkv, D) behind the first lengths[b] tokens of each entry's cache, dense or paged."""
+    B, S = new.shape[:2]
+    positions = lengths[:, None] + torch.arange(S, device=new.device)  # (B, S)
+    if block_table is None:
+        cache[torch.arange(B, device=new.device)[:, None], positions] = new.to(cache.dtype)
+        return
+    page = cache.shape[1]
+    pages = block_table.to(torch.int64).gather(1, positions // page)
+    cache[pages, positions % page] = new.to(cache.dtype)
+
+
+def gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+    """The dense cache (B, pages per entry * page, Hkv, D) of a paged one; unused entries of the table read page 0."""
+    B, entries = block_table.shape
+    gathered = cache[block_table.to(torch.int64).clamp(min=0)]  # (B, entries, page, Hkv, D)
+    return gathered.reshape(B, entries * cache.shape[1], *cache.shape[2:])
+
+
+def dropout_keep(
+    seed: int, p: float, B: int, H: int, S: int, T: int, device: torch.device, sequence: int = 0
+) -> torch.Tensor:
+    """Which probabilities survive dropout: (B, H, S, T) booleans from Philox4x32-10 (Salmon et al. 2011).
+
+    key = (seed mod 2^32, seed div 2^32), counter = (j div 4, i, (sequence + b) H + h, 0); key j takes word j mod 4 and is
+    kept when it is at least floor(p 2^32). The bits depend on the position alone, not on tiles or threads.
+    """
+    counter = torch.meshgrid(
+        torch.arange(sequence * H, (sequence + B) * H, device=device),
+        torch.arange(S, device=device),
+        torch.arange((T + 3) // 4, device=device),
+        indexing="ij",
+    )
+    rows, i, groups = counter
+    words = philox4x32((groups, i, rows, torch.zeros_like(rows)), seed)
+    bits = torch.stack(words, dim=-1).reshape(B, H, S, -1)[..., :T]
+    return bits >= math.floor(p * 2**32)
+
+
+def philox4x32(
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], seed: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ten rounds of Philox4x32 on int64 tensors that hold 32-bit words."""
+    x0, x1, x2, x3 = counter
+    key0, key1 = seed & _UINT32, (seed >> 32) & _UINT32
+    for _ in range(10):
+        high0, low0 = _multiply_32(0xD2511F53, x0)
+        high1, low1 = _multiply_32(0xCD9E8D57, x2)
+        x0, x1, x2, x3 = high1 ^ x1 ^ key0, low1, high0 ^ x3 ^ key1, low0
+        key0, key1 = (key0 + 0x9E3779B9) & _UINT32, (key1 + 0xBB67AE85) & _UINT32
+    return x0, x1, x2, x3
+
+
+def _multiply_32(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The high and low words of a 32 x 32-bit product, in int64 arithmetic that does not overflow."""
+    low = (a & 0xFFFF) * x  # below 2^48
+    high = (a >> 16) * x + (low >> 16)  # below 2^49
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
