@@ -1,0 +1,483 @@
+"""Flash attention in Triton, forward and backward, for NVIDIA and AMD.
+
+    z = softcap * tanh(scale * q k^T / softcap), or scale * q k^T;   o = softmax(z) v;   lse = log sum_j exp(z_j)
+
+Forward (Dao, FlashAttention-2, 2023, algorithm 1; the running maximum is Milakov and Gimelshein, 2018): one program
+owns BLOCK_M queries of one head and walks over the keys in blocks of BLOCK_N, so that scores live in registers only.
+Backward (the same paper, algorithm 2): scores are computed again from lse. One kernel owns queries and makes dq, and,
+since it has dout and out at hand, delta = rowsum(dout * out) - dlse; a second one owns keys and makes dk and dv,
+walking over the queries of every head of its group. Nothing is added by atomics, so results are the same bits each run.
+
+Flops: 4 S T D a head forward, 14 S T D backward (2.5 times forward, and 2 products of scores done twice for want of
+atomics), half of it when causal. Bytes: q, k, v, out once each from memory if a head's keys fit in L2.
+
+bf16 and fp16 appear in loads, dot operands and stores alone; everything else is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels.common import (
+    LN2,
+    LOG2E,
+    exp2,
+    last_dim_contiguous,
+    launch_options,
+    on_device,
+    strides_in_units,
+    tanh,
+    target_arch,
+)
+
+_LN2 = tl.constexpr(LN2)
+_LOG2E = tl.constexpr(LOG2E)
+MAX_HEAD_DIM = 256
+
+
+@triton.jit
+def _load_tile(base, rows, columns, stride, n_rows, D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """A (rows, columns) tile of a matrix with row stride `stride`; zeros beyond its n_rows rows and D columns."""
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    if MASK_ROWS and D < columns.shape[0]:
+        return tl.load(pointers, mask=(rows < n_rows)[:, None] & (columns < D)[None, :], other=0.0)
+    elif MASK_ROWS:
+        return tl.load(pointers, mask=(rows < n_rows)[:, None], other=0.0)
+    elif D < columns.shape[0]:
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store_tile(base, tile, rows, columns, stride, n_rows, D: tl.constexpr):
+    pointers = base + rows[:, None] * stride + columns[None, :]
+    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < n_rows)[:, None] & (columns < D)[None, :])
+
+
+@triton.jit
+def _visible(queries, keys, n_keys, offset, CAUSAL: tl.constexpr):
+    """Which keys exist and, when causal, stand at or before `query + offset`; the arguments broadcast."""
+    if CAUSAL:
+        return (keys < n_keys) & (keys <= queries + offset)
+    else:
+        return (keys < n_keys) & (queries >= 0)
+
+
+@triton.jit
+def _online_softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr):
+    """Take one block of scores into the running softmax: p, the factor for what came before, and the new statistics.
+
+    Scores times to_log2 (positive) are base-2 logits. A row that has seen nothing yet has a maximum of -inf; where a
+    mask makes that possible its exponents are taken from 0, so that they give 0 and not NaN.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)  # (BLOCK_M,)
+    if MASKED:
+        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+    else:
+        origin = new_max
+    p = exp2(scores * to_log2 - origin[:, None])  # (BLOCK_M, BLOCK_N)
+    rescale = exp2(row_max - origin)
+    return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q, k_head, v_head, stride_k, stride_v, queries, first_key, last_key, n_keys, offset,
+    to_cap, to_log2,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys first_key..last_key (a multiple of BLOCK_N apart unless MASKED) for one block of queries."""
+    block = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    columns_v = tl.arange(0, BLOCK_DV)
+    k_tile = k_head + tl.cast(first_key, tl.int64) * stride_k
+    v_tile = v_head + tl.cast(first_key, tl.int64) * stride_v
+    for start in tl.range(first_key, last_key, BLOCK_N):
+        k = _load_tile(k_tile, block, columns, stride_k, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        if SOFTCAP:
+            scores = tanh(scores * to_cap)
+        if MASKED:
+            seen = _visible(queries[:, None], (start + block)[None, :], n_keys, offset, CAUSAL)
+            scores = tl.where(seen, scores, float("-inf"))
+        p, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum, to_log2, MASKED)
+        v = _load_tile(v_tile, block, columns_v, stride_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
+        v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def _key_bounds(first_query, n_keys, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
+    """(unmasked, last): every query of the block sees all keys below `unmasked` (whole blocks), none from `last` on."""
+    last = n_keys
+    everyone = n_keys
+    if CAUSAL:
+        last = tl.maximum(tl.minimum(n_keys, first_query + BLOCK_M + offset), 0)
+        everyone = tl.maximum(tl.minimum(n_keys, first_query + 1 + offset), 0)
+    return everyone // BLOCK_N * BLOCK_N, last
+
+
+@triton.jit(do_not_specialize=["H", "S", "T", "offset"])
+def _attention_forward_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    H, S, T, offset, to_cap, to_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(S, BLOCK_M)
+    # The last queries see the most keys, so their blocks start first and the short ones fill the gaps at the end.
+    first_query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    b = (tl.program_id(0) // blocks // H).to(tl.int64)
+    h = (tl.program_id(0) // blocks % H).to(tl.int64)
+    queries = first_query + tl.arange(0, BLOCK_M)
+    block = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    columns_v = tl.arange(0, BLOCK_DV)
+    q_tile = q_ptr + (b * stride_qb + h * stride_qh + first_query.to(tl.int64) * stride_qs) * UNIT
+    k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
+    v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
+
+    q = _load_tile(q_tile, block, columns, stride_qs * UNIT, S - first_query, D, True)  # (BLOCK_M, BLOCK_D)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    unmasked, last = _key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
+        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T,
+        offset, to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+    )  # fmt: skip
+
+    row = (b * H + h) * S + first_query
+    saw_nothing = row_sum == 0.0
+    out = acc / tl.where(saw_nothing, 1.0, row_sum)[:, None]
+    lse = tl.where(saw_nothing, float("-inf"), (row_max + tl.log2(row_sum)) * _LN2)
+    _store_tile(out_ptr + row * DV, out, block, columns_v, DV, S - first_query, DV)
+    tl.store(lse_ptr + row + block, lse, mask=block < S - first_query)
+
+
+@triton.jit
+def _probabilities(products, lse, to_cap, to_log2, SOFTCAP: tl.constexpr):
+    """(p, slope) from q k^T: softmax as the forward pass had it, and d z / d (scale q k^T), 1 without a softcap."""
+    if SOFTCAP:
+        capped = tanh(products * to_cap)
+        return exp2(capped * to_log2 - lse), 1.0 - capped * capped
+    else:
+        return exp2(products * to_log2 - lse), 1.0
+
+
+@triton.jit
+def _accumulate_dq(
+    dq, q, dout, lse, delta, k_head, v_head, stride_k, stride_v, queries, first_key, last_key, n_keys, offset,
+    to_cap, to_log2,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    block = tl.arange(0, BLOCK_N)
+    columns = tl.arange(0, BLOCK_D)
+    columns_v = tl.arange(0, BLOCK_DV)
+    k_tile = k_head + tl.cast(first_key, tl.int64) * stride_k
+    v_tile = v_head + tl.cast(first_key, tl.int64) * stride_v
+    for start in tl.range(first_key, last_key, BLOCK_N):
+        k = _load_tile(k_tile, block, columns, stride_k, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
+        v = _load_tile(v_tile, block, columns_v, stride_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        p, slope = _probabilities(products, lse[:, None], to_cap, to_log2, SOFTCAP)
+        if MASKED:
+            seen = _visible(queries[:, None], (start + block)[None, :], n_keys, offset, CAUSAL)
+            p = tl.where(seen, p, 0.0)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        ds = p * (dp - delta[:, None])
+        if SOFTCAP:
+            ds = ds * slope
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
+        v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
+    return dq
+
+
+@triton.jit(do_not_specialize=["H", "S", "T", "offset"])
+def _attention_backward_dq_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_ds,
+    H, S, T, offset, scale, to_cap, to_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(S, BLOCK_M)
+    first_query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
+    b = (tl.program_id(0) // blocks // H).to(tl.int64)
+    h = (tl.program_id(0) // blocks % H).to(tl.int64)
+    queries = first_query + tl.arange(0, BLOCK_M)
+    block = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    columns_v = tl.arange(0, BLOCK_DV)
+    n_rows = S - first_query
+    row = (b * H + h) * S + first_query
+    q_tile = q_ptr + (b * stride_qb + h * stride_qh + first_query.to(tl.int64) * stride_qs) * UNIT
+    dout_tile = dout_ptr + (b * stride_db + h * stride_dh + first_query.to(tl.int64) * stride_ds) * UNIT
+    k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
+    v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
+
+    out = _load_tile(out_ptr + row * DV, block, columns_v, DV, n_rows, DV, True)  # (BLOCK_M, BLOCK_DV)
+    dout = _load_tile(dout_tile, block, columns_v, stride_ds * UNIT, n_rows, DV, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if HAS_DLSE:
+        delta -= tl.load(dlse_ptr + row + block, mask=block < n_rows, other=0.0)
+    # Rows past the end get an lse of +inf, so that their probabilities are 0 without a mask; a row that saw nothing has
+    # no use for the gradient of its lse, whatever that is.
+    lse = tl.load(lse_ptr + row + block, mask=block < n_rows, other=float("inf")) * _LOG2E
+    delta = tl.where(lse == float("-inf"), 0.0, delta)
+    tl.store(delta_ptr + row + block, delta, mask=block < n_rows)
+    q = _load_tile(q_tile, block, columns, stride_qs * UNIT, n_rows, D, True)
+
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    unmasked, last = _key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
+    dq = _accumulate_dq(
+        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
+        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
+    )  # fmt: skip
+    dq = _accumulate_dq(
+        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T, offset,
+        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+    )  # fmt: skip
+    _store_tile(dq_ptr + row * D, dq * scale, block, columns, D, n_rows, D)
+
+
+@triton.jit
+def _accumulate_dkdv(
+    dk, dv, k, v, q_head, dout_head, lse_head, delta_head, stride_q, stride_d, keys, first_query, n_blocks, jump_from,
+    jump_to, n_queries, n_keys, offset, to_cap, to_log2,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """n_blocks blocks of queries of one head for one block of keys; scores stand transposed, (keys, queries).
+
+    A masked walk takes the blocks that the diagonal cuts, up to jump_from, and then the last, ragged one at jump_to.
+    """
+    block = tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_D)
+    columns_v = tl.arange(0, BLOCK_DV)
+    for index in tl.range(0, n_blocks):
+        start = first_query + index * BLOCK_M
+        if MASKED:
+            start = tl.where(start < jump_from, start, jump_to)
+        q_tile = q_head + tl.cast(start, tl.int64) * stride_q
+        dout_tile = dout_head + tl.cast(start, tl.int64) * stride_d
+        q = _load_tile(q_tile, block, columns, stride_q, n_queries - start, D, MASKED)  # (BLOCK_M, BLOCK_D)
+        dout = _load_tile(dout_tile, block, columns_v, stride_d, n_queries - start, DV, MASKED)
+        if MASKED:
+            # Rows past the end get an lse of +inf, so that their probabilities are 0.
+            lse = tl.load(lse_head + start + block, mask=block < n_queries - start, other=float("inf"))
+            delta = tl.load(delta_head + start + block, mask=block < n_queries - start, other=0.0)
+        else:
+            lse = tl.load(lse_head + start + block)
+            delta = tl.load(delta_head + start + block)
+        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        p, slope = _probabilities(products, (lse * _LOG2E)[None, :], to_cap, to_log2, SOFTCAP)
+        if MASKED:
+            p = tl.where(_visible((start + block)[None, :], keys[:, None], n_keys, offset, CAUSAL), p, 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        ds = p * (dp - delta[None, :])
+        if SOFTCAP:
+            ds = ds * slope
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["Hkv", "S", "T", "offset"])
+def _attention_backward_dkdv_kernel(
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_ds,
+    Hkv, S, T, offset, scale, to_cap, to_log2,
+    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(T, BLOCK_N)
+    first_key = tl.program_id(0) % blocks * BLOCK_N
+    b = (tl.program_id(0) // blocks // Hkv).to(tl.int64)
+    hkv = (tl.program_id(0) // blocks % Hkv).to(tl.int64)
+    block = tl.arange(0, BLOCK_N)
+    keys = first_key + block
+    columns = tl.arange(0, BLOCK_D)
+    columns_v = tl.arange(0, BLOCK_DV)
+    n_rows = T - first_key
+    k_tile = k_ptr + (b * stride_kb + hkv * stride_kh + first_key.to(tl.int64) * stride_kt) * UNIT
+    v_tile = v_ptr + (b * stride_vb + hkv * stride_vh + first_key.to(tl.int64) * stride_vt) * UNIT
+    k = _load_tile(k_tile, block, columns, stride_kt * UNIT, n_rows, D, True)  # (BLOCK_N, BLOCK_D)
+    v = _load_tile(v_tile, block, columns_v, stride_vt * UNIT, n_rows, DV, True)  # (BLOCK_N, BLOCK_DV)
+
+    # Queries below `first` see no key of this block, those from `everyone` on see all of them that exist. Keys past the
+    # end need no mask: each makes a row of dk and dv that is never stored.
+    first = 0
+    everyone = 0
+    if CAUSAL:
+        first = tl.minimum(tl.maximum(first_key - offset, 0), S) // BLOCK_M * BLOCK_M
+        everyone = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
+    whole = S // BLOCK_M * BLOCK_M
+    everyone = tl.minimum(everyone, whole)
+    masked_blocks = (everyone - first) // BLOCK_M + tl.cdiv(S - whole, BLOCK_M)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    for member in range(GROUP):
+        h = hkv * GROUP + member
+        q_head = q_ptr + (b * stride_qb + h * stride_qh) * UNIT
+        dout_head = dout_ptr + (b * stride_db + h * stride_dh) * UNIT
+        statistics = (b * Hkv * GROUP + h) * S
+        dk, dv = _accumulate_dkdv(
+            dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
+            stride_ds * UNIT, keys, everyone, (whole - everyone) // BLOCK_M, 0, 0, S, T, offset, to_cap, to_log2,
+            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
+        )  # fmt: skip
+        dk, dv = _accumulate_dkdv(
+            dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
+            stride_ds * UNIT, keys, first, masked_blocks, everyone, whole, S, T, offset, to_cap, to_log2,
+            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+        )  # fmt: skip
+    row = (b * Hkv + hkv) * T + first_key
+    _store_tile(dk_ptr + row * D, dk * scale, block, columns, D, n_rows, D)
+    _store_tile(dv_ptr + row * DV, dv, block, columns_v, DV, n_rows, DV)
+
+
+def _padded(head_dim: int) -> int:
+    """The power of two, at least 16 (the least depth of a matrix instruction), that holds a head of this size."""
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"head size: expected 1 to {MAX_HEAD_DIM}, got {head_dim}")
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, float]:
+    """(q times factor, scale > 0, factor): the kernels take a row's maximum before scaling, so scale must be positive."""
+    if scale > 0.0:
+        return q, scale, 1.0
+    return (-q, -scale, -1.0) if scale < 0.0 else (torch.zeros_like(q), 1.0, 0.0)
+
+
+def _score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
+    """(to_cap, to_log2): what multiplies q k^T before tanh, and what makes base-2 logits of the result."""
+    return (0.0, scale * LOG2E) if softcap is None else (scale / softcap, softcap * LOG2E)
+
+
+def _grid(blocks: int, heads: int) -> tuple[int]:
+    if blocks * heads >= 2**31:
+        raise ValueError(f"attention: at most 2**31 - 1 blocks of rows over all heads, got {blocks * heads}")
+    return (blocks * heads,)
+
+
+def attention_forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    offset: int,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out = softmax(z) v and lse = log sum exp(z), z = scale * q k^T, through softcap * tanh(z / softcap) if given.
+
+    q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv), all fp32, bf16 or fp16; H a multiple of Hkv, D and Dv up to 256.
+    causal lets query i see the keys j <= i + offset. Returns out (B, H, S, Dv) in q's dtype and lse (B, H, S), fp32,
+    natural logarithm. A query that sees no key gives 0 and -inf. Raises ValueError for a head size above 256.
+
+    Source: Dao, FlashAttention-2 (2023), algorithm 1.
+    """
+    B, H, S, D = q.shape
+    Hkv, T, Dv = v.shape[1:]
+    out = q.new_empty((B, H, S, Dv))
+    lse = q.new_empty((B, H, S), dtype=torch.float32)
+    block_d, block_dv = _padded(D), _padded(Dv)
+    if out.numel() == 0 or T == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    q, scale, _ = _positive_scale(q, scale)
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    to_cap, to_log2 = _score_factors(scale, softcap)
+    unit, (q_strides, k_strides, v_strides) = strides_in_units(q, k, v)
+    with on_device(q):
+        arch = target_arch()
+        tile = configs.attention(arch, q.dtype, max(block_d, block_dv)).forward
+        _attention_forward_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
+            q, k, v, out, lse, *q_strides, *k_strides, *v_strides, H, S, T, offset, to_cap, to_log2,
+            GROUP=H // Hkv, D=D, DV=Dv, UNIT=unit,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+            CAUSAL=causal, SOFTCAP=softcap is not None, PRECISION=configs.dot_precision(arch, q.dtype),
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
+        )  # fmt: skip
+    return out, lse
+
+
+def attention_backward(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    offset: int,
+    softcap: float | None = None,
+    dlse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv) for the gradients dout of out and, if given, dlse of lse; the rest as `attention_forward` had it.
+
+    dz = p * (dout v^T - rowsum(dout * out) + dlse), dq = scale * dz k, dk = scale * dz^T q, dv = p^T dout; a key's
+    gradients are summed over the query heads of its group. The same bits every run: no atomics.
+
+    Source: Dao, FlashAttention-2 (2023), algorithm 2; lse's gradient as in PyTorch's flex_attention.
+    """
+    B, H, S, D = q.shape
+    Hkv, T, Dv = v.shape[1:]
+    dq = torch.empty((B, H, S, D), dtype=q.dtype, device=q.device)
+    dk = torch.empty((B, Hkv, T, D), dtype=q.dtype, device=q.device)
+    dv = torch.empty((B, Hkv, T, Dv), dtype=q.dtype, device=q.device)
+    block_d, block_dv = _padded(D), _padded(Dv)
+    if S == 0 or T == 0 or B == 0:
+        return dq.zero_(), dk.zero_(), dv.zero_()
+    q, scale, factor = _positive_scale(q, scale)
+    q, k, v, dout = (last_dim_contiguous(x) for x in (q, k, v, dout.to(q.dtype)))
+    out, lse = out.contiguous(), lse.contiguous()
+    delta = torch.empty_like(lse)
+    to_cap, to_log2 = _score_factors(scale, softcap)
+    unit, (q_strides, k_strides, v_strides, d_strides) = strides_in_units(q, k, v, dout)
+    with on_device(q):
+        arch = target_arch()
+        config = configs.attention(arch, q.dtype, max(block_d, block_dv))
+        shared = {
+            "GROUP": H // Hkv, "D": D, "DV": Dv, "UNIT": unit, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
+            "CAUSAL": causal, "SOFTCAP": softcap is not None, "PRECISION": configs.dot_precision(arch, q.dtype),
+            **launch_options(arch),
+        }  # fmt: skip
+        tile = config.backward_dq
+        _attention_backward_dq_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
+            q, k, v, out, dout, lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta, dq,
+            *q_strides, *k_strides, *v_strides, *d_strides, H, S, T, offset, scale, to_cap, to_log2,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HAS_DLSE=dlse is not None,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+        )  # fmt: skip
+        tile = config.backward_dkdv
+        _attention_backward_dkdv_kernel[_grid(triton.cdiv(T, tile.block_n), B * Hkv)](
+            q, k, v, dout, lse, delta, dk, dv,
+            *q_strides, *k_strides, *v_strides, *d_strides, Hkv, S, T, offset, scale, to_cap, to_log2,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+        )  # fmt: skip
+    return (dq if factor == 1.0 else dq * factor), dk, dv

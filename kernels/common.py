@@ -1,0 +1,96 @@
+"""Helpers that several Triton kernels share: base-2 exponentials, tanh, and what a launch needs to know of its device.
+
+Importing this module imports triton; `gpt4v_fast` itself never does before a Triton kernel is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+from triton.language.target_info import is_cuda
+
+# Exponentials run in base 2 (one instruction on every GPU), so scores carry a factor log2(e) and results a factor ln(2).
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+_LOG2E = tl.constexpr(LOG2E)
+
+VECTOR_BYTES = 16  # the widest access of one thread on every target: 128 bits
+
+
+@triton.jit
+def exp2(x):
+    """2**x in fp32, results below 2**-126 flushed to 0 (2 units in the last place, PTX ISA ex2.approx.ftz).
+
+    On NVIDIA the plain `tl.exp2` keeps subnormal results at the price of a compare and two multiplications per element;
+    a probability below 2**-126 is of no weight. On AMD the launch option `allow_flush_denorm` does the same.
+    """
+    if is_cuda():
+        return libdevice.exp2(x)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) in fp32, relative error below 2.5e-7 everywhere.
+
+    Below 0.55 the odd polynomial x + x**3 P(x**2), fitted by iteratively reweighted least squares on 4,000 Chebyshev
+    nodes (largest relative error 3.7e-8 before rounding); above, 1 - 2 / (exp(2|x|) + 1), where nothing cancels because
+    the result is at least 0.5.
+    """
+    square = x * x
+    tail = ((0.01643758 * square - 0.05267181) * square + 0.13320725) * square - 0.33332947
+    near = x + x * square * tail
+    far = 1.0 - 2.0 / (exp2(tl.abs(x) * (2.0 * _LOG2E)) + 1.0)
+    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -far, far))
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def target_arch() -> str:
+    """The name under which `configs` knows the current device: "sm_90", "gfx942", or "interpreter"."""
+    if interpreted():
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch).split(":")[0]
+
+
+def launch_options(arch: str) -> dict[str, Any]:
+    """Compiler options of every launch: fused multiply-adds always, subnormals flushed where that is an option."""
+    if arch.startswith("gfx"):
+        return {"enable_fp_fusion": True, "allow_flush_denorm": True}
+    return {"enable_fp_fusion": True}
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """The context in which a kernel on `tensor` must be launched: its own device, not the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` itself where neighbours in its last dimension are neighbours in memory, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def strides_in_units(*tensors: torch.Tensor) -> tuple[int, list[tuple[int, ...]]]:
+    """(unit, strides of all but the last dimension in units), the unit a number of elements that divides them all.
+
+    Triton learns of an integer argument only whether 16 divides it, so the row stride of a head size like 72 would lose
+    its wide accesses. Multiplying by a compile-time unit inside the kernel gives the compiler back what is true: the unit
+    is as many elements as 16 bytes hold, or less where a stride asks for less.
+    """
+    strides = [
+        tuple(0 if size == 1 else stride for size, stride in zip(t.shape[:-1], t.stride()[:-1], strict=True))
+        for t in tensors
+    ]
+    unit = math.gcd(VECTOR_BYTES // min(t.element_size() for t in tensors), *(s for row in strides for s in row))
+    return unit, [tuple(s // unit for s in row) for row in strides]

@@ -1,0 +1,359 @@
+"""Softmax cross-entropy of given logits in Triton: one pass over the vocabulary forward, one backward, in place if asked.
+
+    z = softcap * tanh(x / softcap), or x;   lse = log sum_j exp(z_j)
+    nll = (1 - eps) w_y (lse - z_y) + eps / V * sum_j w_j (lse - z_j)
+    dz_j = (g_nll ((1 - eps) w_y + eps / V * sum w) + g_lse) p_j - g_nll ((1 - eps) w_y [j = y] + eps / V * w_j)
+
+One program owns one row. Bytes: 2 a logit forward, 4 backward (read, write) in bf16, 6 in all, the least there is. The
+running maximum and sum are those of Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+
+128-bit accesses for any V: a row of 50,257 16-bit logits starts on any 2-byte boundary, and a compiler that knows no
+more must read it in 16-bit pieces. So a row is cut into the fewer than VECTOR elements before its first 16-byte
+boundary, a body of whole vectors, and the fewer than VECTOR elements after the last. Body accesses are whole vectors,
+wholly inside the row; the two edges are one small tile. Nothing outside the row is read or written.
+
+Rejected: rounding the row start down and masking, which reads the neighbours' elements (or, at the ends of the tensor,
+nobody's), and makes the in-place gradient a race between rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels.common import (
+    LN2,
+    LOG2E,
+    VECTOR_BYTES,
+    exp2,
+    last_dim_contiguous,
+    launch_options,
+    on_device,
+    tanh,
+    target_arch,
+)
+
+_LN2 = tl.constexpr(LN2)
+_LOG2E = tl.constexpr(LOG2E)
+
+
+@triton.jit
+def _row_parts(row, stride, lead, V, VECTOR: tl.constexpr):
+    """(body, head, vectors): where the body of a row starts, its first column, and how many vectors it has.
+
+    Positions count elements from a 16-byte boundary `lead` elements before the tensor. A short row may end before its
+    first boundary: then head is more than V and there are no vectors.
+    """
+    start = lead + row * stride
+    body = tl.multiple_of((start + VECTOR - 1) // VECTOR * VECTOR, VECTOR)
+    head = (body - start).to(tl.int32)
+    return body, head, tl.maximum(V - head, 0) // VECTOR
+
+
+@triton.jit
+def _edge_columns(head, vectors, V, VECTOR: tl.constexpr):
+    """The columns before and after the body as one tile of 2 VECTOR elements, and which of them exist."""
+    lane = tl.arange(0, 2 * VECTOR)
+    columns = tl.where(lane < VECTOR, lane, head + vectors * VECTOR + lane - VECTOR)
+    return columns, (columns < V) & ((lane >= VECTOR) | (lane < head))
+
+
+@triton.jit
+def _capped(x, softcap, SOFTCAP: tl.constexpr):
+    if SOFTCAP:
+        return softcap * tanh(x / softcap)
+    else:
+        return x
+
+
+@triton.jit
+def _online_step(x, valid, columns, row_max, origin, sums, smooth, weight_ptr, softcap,
+                 MASKED: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    """Take one tile of logits into a row's statistics: maximum logit, origin of the exponents, and sums lane by lane.
+
+    sums holds exp(z - origin), smooth holds w z. (z - origin) is formed before it is multiplied by log2(e): the
+    difference of neighbours is exact, and one more instruction costs less than a wrong digit in every probability.
+    """
+    new_max = tl.maximum(row_max, tl.max(x, 0))
+    # exp(z - origin) must exist for a row of infinities too: then 0 is as good an origin as any.
+    new_origin = tl.where(tl.abs(new_max) == float("inf"), 0.0, _capped(new_max, softcap, SOFTCAP))
+    rescale = tl.where(row_max == float("-inf"), 0.0, exp2((origin - new_origin) * _LOG2E))
+    z = _capped(x, softcap, SOFTCAP)
+    p = exp2((z - new_origin) * _LOG2E)
+    if MASKED and SOFTCAP:
+        p = tl.where(valid, p, 0.0)
+    sums = sums * rescale + p
+    if SMOOTHING:
+        if MASKED:
+            z = tl.where(valid, z, 0.0)
+        if HAS_WEIGHT:
+            z = z * tl.load(weight_ptr + columns, mask=valid, other=0.0)
+        smooth += z
+    return new_max, new_origin, sums, smooth
+
+
+@triton.jit(do_not_specialize=["V", "lead"])
+def _cross_entropy_forward_kernel(
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, nll_ptr, lse_ptr, argmax_ptr,
+    stride, lead, V, ignore_index, smoothing, softcap,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    ignored = target == ignore_index
+    counted = (target >= 0) & (target < V) & (target != ignore_index)
+    body, head, vectors = _row_parts(row, stride, lead, tl.where(counted, V, 0), VECTOR)
+    logits_ptr += body  # column c of the row is now at logits_ptr + c - head
+    lane = tl.arange(0, BLOCK)
+    row_max = float("-inf")
+    origin = 0.0
+    sums = tl.zeros((BLOCK,), tl.float32)
+    smooth = tl.zeros((BLOCK,), tl.float32)
+    best = 0  # where in the body the tile with the largest logit starts
+    whole = vectors * VECTOR // BLOCK * BLOCK
+    for start in tl.range(0, whole, BLOCK):
+        x = tl.load(logits_ptr + start + lane).to(tl.float32)  # (BLOCK,)
+        previous = row_max
+        row_max, origin, sums, smooth = _online_step(
+            x, lane >= 0, head + start + lane, row_max, origin, sums, smooth, weight_ptr, softcap,
+            False, HAS_WEIGHT, SMOOTHING, SOFTCAP,
+        )  # fmt: skip
+        best = tl.where(row_max > previous, start, best)
+    # The mask is the same for all elements of a vector, so that the compiler may load vectors.
+    valid = lane // VECTOR < vectors - whole // VECTOR
+    x = tl.load(logits_ptr + whole + lane, mask=valid, other=float("-inf")).to(tl.float32)
+    previous = row_max
+    row_max, origin, sums, smooth = _online_step(
+        x, valid, head + whole + lane, row_max, origin, sums, smooth, weight_ptr, softcap,
+        True, HAS_WEIGHT, SMOOTHING, SOFTCAP,
+    )  # fmt: skip
+    best = tl.where(row_max > previous, whole, best)
+    columns, exists = _edge_columns(head, vectors, tl.where(counted, V, 0), VECTOR)
+    edge = tl.load(logits_ptr + columns - head, mask=exists, other=float("-inf")).to(tl.float32)  # (2 VECTOR,)
+    edge_zeros = tl.zeros((2 * VECTOR,), tl.float32)
+    body_origin = origin
+    body_max = row_max
+    row_max, origin, edge_sums, edge_smooth = _online_step(
+        edge, exists, columns, row_max, origin, edge_zeros, edge_zeros, weight_ptr, softcap,
+        True, HAS_WEIGHT, SMOOTHING, SOFTCAP,
+    )  # fmt: skip
+    rescale = tl.where(body_max == float("-inf"), 0.0, exp2((body_origin - origin) * _LOG2E))
+    log_sum = tl.log2(tl.sum(sums, 0) * rescale + tl.sum(edge_sums, 0)) * _LN2
+
+    # The lowest column that holds the maximum: in its tile of the body, or at the edges. NaN equals nothing; stay inside.
+    valid = best // VECTOR + lane // VECTOR < vectors
+    x = tl.load(logits_ptr + best + lane, mask=valid, other=float("-inf")).to(tl.float32)
+    inner = tl.min(tl.where(valid & (x == row_max), head + best + lane, V - 1), 0)
+    outer = tl.min(tl.where(exists & (edge == row_max), columns, V - 1), 0)
+    tl.store(argmax_ptr + row, tl.where(counted, tl.minimum(inner, outer), -1).to(tl.int64))
+
+    z = _capped(
+        tl.load(logits_ptr + target - head, mask=counted, other=0.0).to(tl.float32), softcap, SOFTCAP
+    )
+    nll = origin - z + log_sum
+    if HAS_WEIGHT:
+        nll *= tl.load(weight_ptr + target, mask=counted, other=0.0)
+    if SMOOTHING:
+        weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
+        smooth_sum = weights * (origin + log_sum) - (tl.sum(smooth, 0) + tl.sum(edge_smooth, 0))
+        nll = (1.0 - smoothing) * nll + smoothing / V * smooth_sum
+    elsewise = tl.where(ignored, 0.0, float("nan"))
+    tl.store(nll_ptr + row, tl.where(counted, nll, elsewise))
+    tl.store(lse_ptr + row, tl.where(counted, origin + log_sum, elsewise))
+
+
+@triton.jit
+def _logit_gradient(x, columns, valid, target, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
+                    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+    """slope_p * softmax(z) - slope_target * [column = target] - slope_all * w, times dz/dx."""
+    z = _capped(x, softcap, SOFTCAP)
+    gradient = slope_p * exp2((z - lse) * _LOG2E)
+    if SMOOTHING:
+        if HAS_WEIGHT:
+            gradient -= slope_all * tl.load(weight_ptr + columns, mask=valid, other=0.0)
+        else:
+            gradient -= slope_all
+    gradient = tl.where(columns == target, gradient - slope_target, gradient)
+    if SOFTCAP:
+        gradient *= 1.0 - (z / softcap) * (z / softcap)
+    return gradient
+
+
+@triton.jit(do_not_specialize=["V", "lead", "out_lead"])
+def _cross_entropy_backward_kernel(
+    grad_nll_ptr, grad_lse_ptr, logits_ptr, target_ptr, lse_ptr, weight_ptr, weight_sum_ptr, out_ptr,
+    stride, lead, out_stride, out_lead, V, ignore_index, smoothing, softcap,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SAME_BOUNDARIES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(target_ptr + row)
+    body, head, vectors = _row_parts(row, stride, lead, V, VECTOR)
+    out_body = out_lead + row * out_stride + head
+    if SAME_BOUNDARIES:
+        out_body = tl.multiple_of(out_body // VECTOR * VECTOR, VECTOR)
+    logits_ptr += body
+    out_ptr += out_body
+    lane = tl.arange(0, BLOCK)
+    whole = vectors * VECTOR // BLOCK * BLOCK
+    valid = lane // VECTOR < vectors - whole // VECTOR
+    columns, exists = _edge_columns(head, vectors, V, VECTOR)
+    column = (target - head).to(tl.int32)  # of the label, counted from the body as the lanes are
+    if (target >= 0) & (target < V) & (target != ignore_index):
+        lse = tl.load(lse_ptr + row)
+        grad_nll = tl.load(grad_nll_ptr + row)
+        slope_target = grad_nll
+        slope_p = grad_nll
+        slope_all = 0.0
+        if HAS_WEIGHT:
+            slope_target *= tl.load(weight_ptr + target)
+            slope_p = slope_target
+        if SMOOTHING:
+            weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
+            slope_target *= 1.0 - smoothing
+            slope_all = grad_nll * (smoothing / V)
+            slope_p = slope_target + slope_all * weights
+        slope_p += tl.load(grad_lse_ptr + row)
+        weight_ptr += head
+        for start in tl.range(0, whole, BLOCK):
+            x = tl.load(logits_ptr + start + lane).to(tl.float32)  # (BLOCK,)
+            gradient = _logit_gradient(
+                x, start + lane, lane >= 0, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
+                HAS_WEIGHT, SMOOTHING, SOFTCAP,
+            )  # fmt: skip
+            tl.store(out_ptr + start + lane, gradient.to(out_ptr.dtype.element_ty))
+        x = tl.load(logits_ptr + whole + lane, mask=valid, other=0.0).to(tl.float32)
+        gradient = _logit_gradient(
+            x, whole + lane, valid, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
+            HAS_WEIGHT, SMOOTHING, SOFTCAP,
+        )  # fmt: skip
+        tl.store(out_ptr + whole + lane, gradient.to(out_ptr.dtype.element_ty), mask=valid)
+        x = tl.load(logits_ptr + columns - head, mask=exists, other=0.0).to(tl.float32)
+        gradient = _logit_gradient(
+            x, columns - head, exists, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
+            HAS_WEIGHT, SMOOTHING, SOFTCAP,
+        )  # fmt: skip
+        tl.store(out_ptr + columns - head, gradient.to(out_ptr.dtype.element_ty), mask=exists)
+    else:
+        # An ignored row gets zeros, a label that is none gets NaN, whatever the logits hold: they are not looked at.
+        nothing = tl.where(target == ignore_index, 0.0, float("nan")).to(out_ptr.dtype.element_ty)
+        for start in tl.range(0, whole, BLOCK):
+            tl.store(out_ptr + start + lane, tl.zeros((BLOCK,), out_ptr.dtype.element_ty) + nothing)
+        tl.store(out_ptr + whole + lane, tl.zeros((BLOCK,), out_ptr.dtype.element_ty) + nothing, mask=valid)
+        tl.store(
+            out_ptr + columns - head, tl.zeros((2 * VECTOR,), out_ptr.dtype.element_ty) + nothing, mask=exists
+        )
+
+
+def _from_boundary(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """(the same elements seen from the 16-byte boundary before them, how many elements before them that is).
+
+    Where the tensor's storage does not reach back to a boundary, the tensor itself and 0: right, with narrow accesses.
+    """
+    lead = tensor.data_ptr() % VECTOR_BYTES // tensor.element_size()
+    if lead == 0 or lead > tensor.storage_offset():
+        return tensor, 0
+    return tensor.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - lead), lead
+
+
+def _row_stride(tensor: torch.Tensor) -> int:
+    return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
+
+
+def _class_weights(logits: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 class weights and their sum for the kernels; stand-ins that are never read without weights."""
+    if weight is None:
+        return logits, logits
+    weight = weight.to(torch.float32).contiguous()
+    return weight, weight.sum()
+
+
+def cross_entropy_forward(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(nll, lse, argmax) of each row: the loss as in this file's first lines, log sum exp(z), the largest logit's column.
+
+    logits (N, V) fp32, bf16 or fp16, any row stride; target (N,) int64; weight (V,); softcap positive. nll and lse are
+    fp32, argmax int64 and the lowest of equals. A row whose target is ignore_index gives 0, 0 and -1. A target outside
+    [0, V) gives NaN, NaN and -1, and its row is not read. With NaN among the logits nll and lse are NaN and argmax is
+    some column.
+
+    Source: Milakov and Gimelshein (2018) for the running sum; label smoothing as in torch.nn.functional.cross_entropy.
+    """
+    N, V = logits.shape
+    nll = torch.empty(N, dtype=torch.float32, device=logits.device)
+    lse = torch.empty_like(nll)
+    argmax = torch.empty(N, dtype=torch.int64, device=logits.device)
+    if N == 0:
+        return nll, lse, argmax
+    logits, lead = _from_boundary(last_dim_contiguous(logits))
+    weights, weight_sum = _class_weights(logits, weight)
+    with on_device(logits):
+        arch = target_arch()
+        config = configs.cross_entropy(arch, logits.dtype, V)
+        _cross_entropy_forward_kernel[(N,)](
+            logits, target.contiguous(), weights, weight_sum, nll, lse, argmax,
+            _row_stride(logits), lead, V, ignore_index, label_smoothing, softcap or 0.0,
+            BLOCK=config.block, VECTOR=VECTOR_BYTES // logits.element_size(),
+            HAS_WEIGHT=weight is not None, SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap is not None,
+            num_warps=config.num_warps, **launch_options(arch),
+        )  # fmt: skip
+    return nll, lse, argmax
+
+
+def cross_entropy_backward(
+    grad_nll: torch.Tensor,
+    grad_lse: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient (N, V) of the logits, in their dtype, for the gradients grad_nll and grad_lse (N,) of nll and lse.
+
+    lse as `cross_entropy_forward` gave it. out may be logits itself: each element is read before it is written, by the
+    same thread, and no row touches another. A row whose target is ignore_index gets zeros, one whose target is outside
+    [0, V) gets NaN. Raises ValueError for an out of another shape or dtype, or without unit stride along V.
+    """
+    N, V = logits.shape
+    if out is None:
+        out = torch.empty((N, V), dtype=logits.dtype, device=logits.device)
+    if out.shape != logits.shape or out.dtype != logits.dtype or (out.stride(1) != 1 and V > 1):
+        raise ValueError(
+            f"out: expected {logits.dtype} of shape {tuple(logits.shape)} with unit stride along the classes, "
+            f"got {out.dtype} of shape {tuple(out.shape)} with strides {out.stride()}"
+        )
+    if out.numel() == 0:
+        return out
+    logits, lead = _from_boundary(last_dim_contiguous(logits))
+    target_out, out_lead = _from_boundary(out)
+    vector = VECTOR_BYTES // logits.element_size()
+    strides = _row_stride(logits), _row_stride(out)
+    weights, weight_sum = _class_weights(logits, weight)
+    with on_device(logits):
+        arch = target_arch()
+        config = configs.cross_entropy(arch, logits.dtype, V)
+        _cross_entropy_backward_kernel[(N,)](
+            grad_nll.to(torch.float32).contiguous(), grad_lse.to(torch.float32).contiguous(), logits,
+            target.contiguous(), lse.contiguous(), weights, weight_sum, target_out,
+            strides[0], lead, strides[1], out_lead, V, ignore_index, label_smoothing, softcap or 0.0,
+            BLOCK=config.block, VECTOR=vector,
+            SAME_BOUNDARIES=(strides[0] - strides[1]) % vector == 0 and (lead - out_lead) % vector == 0,
+            HAS_WEIGHT=weight is not None, SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap is not None,
+            num_warps=config.num_warps, **launch_options(arch),
+        )  # fmt: skip
+    return out
