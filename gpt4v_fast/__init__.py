@@ -17,6 +17,8 @@ from gpt4v_fast import _native  # imports torch before the extension
 from gpt4v_fast.backends import FallbackError, explain, force, strict
 from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention
+from gpt4v_fast.ops.attention_kvcache import attention_kvcache
+from gpt4v_fast.ops.attention_varlen import attention_varlen
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,8 @@ __all__ = [
     "FallbackError",
     "Mask",
     "attention",
+    "attention_kvcache",
+    "attention_varlen",
     "explain",
     "force",
     "strict",

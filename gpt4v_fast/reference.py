@@ -247,9 +247,11 @@ def append_to_cache(
 
 
 def gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
-    """The dense cache (B, pages per entry * page, Hkv, D) of a paged one; unused entries of the table read page 0."""
+    """The dense cache (B, pages per entry * page, Hkv, D) of a paged one; unused entries of the table may be anything."""
     B, entries = block_table.shape
-    gathered = cache[block_table.to(torch.int64).clamp(min=0)]  # (B, entries, page, Hkv, D)
+    if cache.shape[0] == 0:
+        return cache.new_zeros(B, entries * cache.shape[1], *cache.shape[2:])
+    gathered = cache[block_table.to(torch.int64).clamp(0, cache.shape[0] - 1)]  # (B, entries, page, Hkv, D)
     return gathered.reshape(B, entries * cache.shape[1], *cache.shape[2:])
 
 

@@ -234,14 +234,16 @@ def draw_seed(dropout_p: float) -> torch.Tensor | None:
     return torch.randint(2**62, (1,), dtype=torch.int64) if dropout_p > 0 else None
 
 
-def describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> backends.Request:
+def describe(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions, op: str = "attention"
+) -> backends.Request:
     """What `backends.pick` needs to know of a call of `attention`."""
     features = options.features()
     if q.shape[1] != k.shape[1]:
         features.add("gqa")
     if max(q.shape[3], v.shape[3]) > TRITON_MAX_HEAD_DIM:
         features.add(f"head size over {TRITON_MAX_HEAD_DIM}")
-    return backends.Request("attention", q.device.type, q.dtype, frozenset(features))
+    return backends.Request(op, q.device.type, q.dtype, frozenset(features))
 
 
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
@@ -260,9 +262,15 @@ backends.register_explainer(attention, _request)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    options = AttentionOptions(*rest)
+    return run_forward(q, k, v, AttentionOptions(*rest))
+
+
+def run_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions, op: str = "attention"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Asks `backends.pick` for a kernel and runs it."""
     B, H, S, _ = q.shape
-    backend = backends.pick(describe(q, k, v, options)).backend
+    backend = backends.pick(describe(q, k, v, options, op)).backend
     if backend == "cpu":
         q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
         out = q.new_empty(B, H, S, v.shape[3])
