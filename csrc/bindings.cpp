@@ -221,6 +221,13 @@ void check_patch_embed(const PatchEmbedArgs& a, int threads) {
   check_dtype("grad_tokens", a.grad_tokens, kFloats);
   check_shape("grad_weight", a.grad_weight, {E, C, a.weight.size[2], a.weight.size[3], a.weight.size[4]});
   check_dtype("grad_weight", a.grad_weight, {DType::kFloat32});
+  int64_t expected = 1;  // the stride of a contiguous tensor
+  for (int i = 4; a.grad_weight.defined && i >= 0; --i) {
+    const int64_t size = a.grad_weight.size[i];
+    if (size > 1 && a.grad_weight.stride[i] != expected)
+      throw std::invalid_argument("grad_weight: expected a contiguous tensor");
+    expected *= size > 1 ? size : 1;
+  }
   check_shape("grad_pixels", a.grad_pixels,
               {B, C, a.pixels.size[2], a.pixels.size[3], a.pixels.size[4]});
   check_dtype("grad_pixels", a.grad_pixels, kFloats);

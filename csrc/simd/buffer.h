@@ -1,5 +1,5 @@
-// Scratch memory of a kernel call, in the including ISA's namespace: std::vector would leave inline functions compiled
-// for this ISA to the linker, which may keep them for everybody (csrc/isa/table.h).
+// Scratch memory of a kernel call, in the including ISA's namespace: std::vector would leave inline functions
+// compiled for this ISA to the linker, which may keep them for everybody (csrc/isa/table.h).
 #pragma once
 
 #include <cstddef>
@@ -8,8 +8,8 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// `count` elements of a trivial type, uninitialised, on a cache line's boundary. Throws std::bad_alloc, so it is made
-// outside of OpenMP regions, which no exception may leave.
+// `count` elements of a trivial type, uninitialised, on a cache line's boundary. Throws std::bad_alloc, so it
+// is made outside of OpenMP regions, which no exception may leave.
 template <class T>
 class Buffer {
  public:
