@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: demo test test-slow lint format bench build wheel clean
+.PHONY: demo test test-slow test-sanitize lint format bench build wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,18 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The kernels again, built with AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
+SANITIZED := build/sanitized
+test-sanitize: $(STAMP)
+	rm -rf $(SANITIZED)
+	GPT4V_FAST_SANITIZE=address,undefined GPT4V_FAST_CUDA=0 \
+		$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $(SANITIZED) .
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not slow" -k "not compile and not gradcheck" --timeout=900 \
+		tests/test_native.py tests/test_attention.py tests/test_attention_varlen.py tests/test_attention_kvcache.py \
+		tests/test_cross_entropy.py tests/test_linear_cross_entropy.py tests/test_patch_embed.py
 
 bench: $(STAMP)
 	$(BIN)/gpt4v-fast bench

@@ -91,7 +91,7 @@ class NinjaBuildExt(build_ext):
         sanitize = os.environ.get("GPT4V_FAST_SANITIZE", "")
         flags = list(COMMON_FLAGS)
         if sanitize:
-            flags += [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer", "-g", "-O1"]
+            flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
         flags += [f"-DGPT4V_FAST_HAS_{isa.upper()}=1" for isa in isas] + [f"-I{CSRC}"]
         python_flags = [f"-I{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
         cxx = shlex.split(os.environ.get("CXX", "g++"))
@@ -156,4 +156,5 @@ def ninja_command() -> list[str]:
     return [str(Path(ninja.BIN_DIR) / "ninja")]
 
 
-setup(ext_modules=[Extension("gpt4v_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
+if __name__ == "__main__":  # tests import this file for its flags
+    setup(ext_modules=[Extension("gpt4v_fast._C", sources=[])], cmdclass={"build_ext": NinjaBuildExt})
