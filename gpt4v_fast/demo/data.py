@@ -1,4 +1,5 @@
-"""Questions and answers about scikit-learn's 1,797 scanned digits, in English and Chinese, and a little plain text.
+"""Questions and answers about scikit-learn's 1,797 scanned digits, in English and Chinese, and a little plain
+text.
 
 Every answer is worked out in words ("7 + 5 = 12."), so that the model reads the digits before it adds them.
 """
@@ -70,7 +71,8 @@ class Digits(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """One question: `images` are indices into the split; `language` and `task` say how to judge the answer."""
+    """One question: `images` are indices into the split; `language` and `task` say how to judge the
+    answer."""
 
     task: str
     language: str
@@ -108,7 +110,7 @@ def pixels_of(images: np.ndarray, processor: GPT4VProcessor) -> torch.Tensor:
 
 def stroke(image: np.ndarray) -> int:
     """0, 1 or 2 for a thin, plain or bold stroke: thirds of the training images by mean ink."""
-    return int(np.searchsorted((4.55, 5.15), image.mean()))
+    return int(np.searchsorted((4.62, 5.14), image.mean()))
 
 
 def answer(task: str, language: str, digits: Sequence[int], strokes: Sequence[int]) -> str:
@@ -129,7 +131,9 @@ def answer(task: str, language: str, digits: Sequence[int], strokes: Sequence[in
     raise ValueError(f"task must be one of {TASKS}, got {task!r}")
 
 
-def example(task: str, language: str, split: Digits, images: tuple[int, ...], question: str | None = None) -> Example:
+def example(
+    task: str, language: str, split: Digits, images: tuple[int, ...], question: str | None = None
+) -> Example:
     """A question about the digits at `images`, the first wording unless `question` is given."""
     digits = [int(split.labels[i]) for i in images]
     strokes = [stroke(split.images[i]) for i in images]
@@ -177,4 +181,15 @@ def all_text() -> Iterator[str]:
     yield from texts()
 
 
-__all__ = ["Digits", "Example", "all_text", "answer", "draw", "example", "load_digits", "picture", "pixels_of", "texts"]
+__all__ = [
+    "Digits",
+    "Example",
+    "all_text",
+    "answer",
+    "draw",
+    "example",
+    "load_digits",
+    "picture",
+    "pixels_of",
+    "texts",
+]

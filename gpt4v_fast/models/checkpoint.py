@@ -1,4 +1,5 @@
-"""Reading checkpoints with clear errors, and writing them so that a half-written one never replaces a good one."""
+"""Reading checkpoints with clear errors, and writing them so that a half-written one never replaces a good
+one."""
 
 from __future__ import annotations
 
@@ -24,14 +25,19 @@ def check_folder(folder: str | os.PathLike, *needed: tuple[str, ...]) -> None:
         folder: a path; a name that is no path (a hub id) is left to transformers.
         needed: file names, one tuple of alternatives per thing that must be there.
     Raises:
-        FileNotFoundError: the folder, or one of the files, is missing; names what was expected and what is there.
+        FileNotFoundError: the folder, or one of the files, is missing; names what was expected and what is
+            there.
         ValueError: config.json is not JSON, or of another model type.
     """
     path = Path(folder)
     if not path.is_dir():
         if path.is_file():
             raise ValueError(f"a checkpoint must be a folder, got the file {path}")
-        if path.is_absolute() or str(folder).startswith((".", "~")) or path.parent.is_dir() and len(path.parts) != 2:
+        if (
+            path.is_absolute()
+            or str(folder).startswith((".", "~"))
+            or (path.parent.is_dir() and len(path.parts) != 2)
+        ):
             raise FileNotFoundError(f"checkpoint folder not found: {path}")
         return
     for names in needed:
@@ -45,16 +51,19 @@ def check_folder(folder: str | os.PathLike, *needed: tuple[str, ...]) -> None:
         except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
             raise ValueError(f"checkpoint {path}: config.json must be a JSON object, got {error}") from error
         if came != MODEL_TYPE:
-            raise ValueError(f"checkpoint {path}: expected model_type {MODEL_TYPE!r} in config.json, got {came!r}")
+            raise ValueError(
+                f"checkpoint {path}: expected model_type {MODEL_TYPE!r} in config.json, got {came!r}"
+            )
 
 
 @contextmanager
 def atomic_folder(target: str | os.PathLike, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes otherwise.
+    """A temporary folder beside `target` that takes its place when the block ends well, and vanishes
+    otherwise.
 
     What `target` holds and the block did not write is kept, but for names that match a pattern of `replaces`.
-    A reader sees the old folder or the new one; only between the two renames (microseconds) none stands there, and the
-    old one waits under a name that starts with ".old-".
+    A reader sees the old folder or the new one; only between the two renames (microseconds) none stands
+    there, and the old one waits under a name that starts with ".old-".
     """
     target = Path(target).absolute()
     if target.is_file():
@@ -96,21 +105,24 @@ class CheckedModel:
 
         Raises:
             FileNotFoundError: no such folder, or no config.json or model.safetensors in it.
-            ValueError: another model type, a damaged file, or weights that are missing, foreign or of another shape
-                (`ignore_mismatched_sizes=True` allows the last, for a changed head).
+            ValueError: another model type, a damaged file, or weights that are missing, foreign or of another
+                shape (`ignore_mismatched_sizes=True` allows the last, for a changed head).
         """
         where = pretrained_model_name_or_path
         check_folder(where, ("config.json",), WEIGHTS)
         wants_info = kwargs.pop("output_loading_info", False)
         lenient = kwargs.get("ignore_mismatched_sizes", False)
         try:
-            model, info = super().from_pretrained(where, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+            load = super().from_pretrained  # type: ignore[misc]
+            model, info = load(where, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"checkpoint {where}: the weights are damaged: {error}") from error
         for kind, meaning in (("missing_keys", "lacks"), ("unexpected_keys", "has the foreign")):
             names = sorted(info[kind])
             if names and not lenient:
-                raise ValueError(f"checkpoint {where} {meaning} weights {_some(names)}, expected those of {cls.__name__}")
+                raise ValueError(
+                    f"checkpoint {where} {meaning} weights {_some(names)}, expected those of {cls.__name__}"
+                )
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +130,9 @@ class CheckedModel:
         if kwargs.get("push_to_hub"):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
             return
-        with atomic_folder(save_directory, replaces=("model*.safetensors", "model.safetensors.index.json")) as folder:
+        with atomic_folder(
+            save_directory, replaces=("model*.safetensors", "model.safetensors.index.json")
+        ) as folder:
             super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
 
 

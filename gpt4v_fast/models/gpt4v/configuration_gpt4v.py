@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -20,15 +20,17 @@ def _require(holds: bool, expected: str, got: object) -> None:
 def _check_choice(config: PreTrainedConfig, name: str) -> None:
     value = getattr(config, name)
     if value not in IMPLEMENTATIONS[name]:
-        raise ValueError(f"{type(config).__name__}: {name} must be one of {IMPLEMENTATIONS[name]}, got {value!r}")
+        raise ValueError(
+            f"{type(config).__name__}: {name} must be one of {IMPLEMENTATIONS[name]}, got {value!r}"
+        )
 
 
 class GPT4VVisionConfig(PreTrainedConfig):
     """The vision tower: patches of `patch_size`, a learned 2-D position embedding, pre-norm ViT blocks.
 
-    `image_mean` and `image_std` stand here and not in the image processor, since the patch embedding normalises
-    (`(x / 255 - mean) / std` for uint8 pixels). `patch_embed_implementation` is "gpt4v_fast" or, for comparison, "conv"
-    (the same parameters through `F.conv2d`).
+    `image_mean` and `image_std` stand here and not in the image processor, since the patch embedding
+    normalises (`(x / 255 - mean) / std` for uint8 pixels). `patch_embed_implementation` is "gpt4v_fast" or,
+    for comparison, "conv" (the same parameters through `F.conv2d`).
     """
 
     model_type = "gpt4v_vision"
@@ -126,7 +128,9 @@ class GPT4VTextConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         # 8/3 of the width, as SwiGLU has three matrices where an MLP has two, rounded up to whole cache lines
-        self.intermediate_size = -(-hidden_size * 8 // 3 // 32) * 32 if intermediate_size is None else intermediate_size
+        self.intermediate_size = (
+            -(-hidden_size * 8 // 3 // 32) * 32 if intermediate_size is None else intermediate_size
+        )
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
@@ -150,7 +154,9 @@ class GPT4VTextConfig(PreTrainedConfig):
             "num_attention_heads must be a positive multiple of num_key_value_heads",
             (num_attention_heads, self.num_key_value_heads),
         )
-        _require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be positive and even", self.head_dim)
+        _require(
+            self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be positive and even", self.head_dim
+        )
         super().__init__(**kwargs)
 
 
@@ -158,18 +164,24 @@ class GPT4VConfig(PreTrainedConfig):
     """A whole model.
 
     Args:
-        vision_config, text_config: `GPT4VVisionConfig` and `GPT4VTextConfig`, or dictionaries of their arguments.
+        vision_config, text_config: `GPT4VVisionConfig` and `GPT4VTextConfig`, or dictionaries of their
+            arguments.
         image_token_id: the id of `<image>`; each image takes `image_seq_length` of them.
-        projector_merge: side m of the square of patches that becomes one token (1 keeps every patch, 2 merges 2x2).
+        projector_merge: side m of the square of patches that becomes one token (1 keeps every patch, 2 merges
+            2x2).
         image_bidirectional: image tokens see the whole of their own image, not only what came before.
-        caption_prompt_ids: the prompt, with one `image_token_id` in it, that `generate(pixel_values=...)` uses when it
-            gets no text.
-        loss_implementation: "gpt4v_fast" (`linear_cross_entropy`, logits never stored) or "torch" (`F.cross_entropy`).
+        caption_prompt_ids: the prompt, with one `image_token_id` in it, that `generate(pixel_values=...)`
+            uses when it gets no text.
+        loss_implementation: "gpt4v_fast" (`linear_cross_entropy`, logits never stored) or "torch"
+            (`F.cross_entropy`).
     """
 
     model_type = "gpt4v"
-    sub_configs = {"vision_config": GPT4VVisionConfig, "text_config": GPT4VTextConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_hidden_states"]
+    sub_configs: ClassVar[dict[str, Any]] = {
+        "vision_config": GPT4VVisionConfig,
+        "text_config": GPT4VTextConfig,
+    }
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
 
     def __init__(
         self,
@@ -202,7 +214,9 @@ class GPT4VConfig(PreTrainedConfig):
             f"projector_merge must divide the {grid} patches of an image's side",
             projector_merge,
         )
-        _require(0 <= image_token_id < vocab_size, f"image_token_id must be in [0, {vocab_size})", image_token_id)
+        _require(
+            0 <= image_token_id < vocab_size, f"image_token_id must be in [0, {vocab_size})", image_token_id
+        )
         kwargs.pop("image_seq_length", None)
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -217,21 +231,25 @@ class GPT4VConfig(PreTrainedConfig):
             return kind(**value)
         if isinstance(value, kind):
             return value
-        raise TypeError(f"GPT4VConfig: {name} must be a {kind.__name__} or a dict, got {type(value).__name__}")
+        raise TypeError(
+            f"GPT4VConfig: {name} must be a {kind.__name__} or a dict, got {type(value).__name__}"
+        )
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> GPT4VConfig:
-        """The configuration of a preset (see `presets.PRESETS`); `overrides` are arguments of `GPT4VConfig`, in which
-        `vision_config` and `text_config` are dictionaries merged into the preset's."""
+        """The configuration of a preset (see `presets.PRESETS`); `overrides` are arguments of `GPT4VConfig`,
+        in which `vision_config` and `text_config` are dictionaries merged into the preset's."""
         from .presets import PRESETS
 
         if name not in PRESETS:
             raise ValueError(f"preset must be one of {sorted(PRESETS)}, got {name!r}")
         preset = PRESETS[name]
-        parts = {key: {**preset[key], **overrides.pop(key, {})} for key in ("vision_config", "text_config")}
+        parts: dict[str, Any] = {
+            key: {**preset[key], **overrides.pop(key, {})} for key in ("vision_config", "text_config")
+        }
         return cls(**parts, **{**{k: v for k, v in preset.items() if k not in parts}, **overrides})
 
     @property

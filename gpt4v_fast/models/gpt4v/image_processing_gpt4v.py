@@ -6,8 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,31 +23,35 @@ RESAMPLINGS = {int(kind): kind for kind in Image.Resampling}
 def open_image(source: Any) -> Image.Image:
     """An RGB PIL image from a path, bytes, a binary file, a PIL image, a numpy array or a torch tensor.
 
-    Arrays are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels (where both would fit, numpy is taken as channels
-    last and torch as channels first), uint8, bool, or floats in [0, 1]. Transparent images are laid on white; the
-    camera's orientation is applied.
+    Arrays are (H, W), (H, W, C) or (C, H, W) with 1, 3 or 4 channels (where both would fit, numpy is taken as
+    channels last and torch as channels first), uint8, bool, or floats in [0, 1]. Transparent images are laid
+    on white; the camera's orientation is applied.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not an image, damaged, or over 100 megapixels (known, and refused, before a pixel is decoded).
+        ValueError: not an image, damaged, or over 100 megapixels (known, and refused, before a pixel is
+            decoded).
         TypeError: another kind of object.
     """
     if isinstance(source, np.ndarray | torch.Tensor):
         return _to_rgb(_from_array(source))
     if isinstance(source, Image.Image):
         return _decode(source, "the image")
+    file: Any = source
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         raise ValueError(f"images must be local: download {source} first")
     if isinstance(source, str | os.PathLike):
-        name, file = f"image {source}", Path(source)
-        if not file.is_file():
+        name = f"image {source}"
+        if not os.path.isfile(source):
             raise FileNotFoundError(f"image file not found: {source}")
     elif isinstance(source, bytes | bytearray | memoryview):
         name, file = "the image's bytes", io.BytesIO(source)
     elif hasattr(source, "read"):
-        name, file = "the image file", source
+        name = "the image file"
     else:
-        raise TypeError(f"an image must be a path, bytes, PIL image, array or tensor, got {type(source).__name__}")
+        raise TypeError(
+            f"an image must be a path, bytes, PIL image, array or tensor, got {type(source).__name__}"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -95,7 +98,9 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
         elif not last:
             data = data[..., 0:0]
     if data.ndim not in (2, 3) or data.size == 0:
-        raise ValueError(f"an image array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got shape {shape}")
+        raise ValueError(
+            f"an image array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got shape {shape}"
+        )
     if data.shape[0] * data.shape[1] > MAX_PIXELS:
         raise ValueError(f"an image must have at most {MAX_PIXELS // 10**6} megapixels, got shape {shape}")
     if data.ndim == 3 and data.shape[-1] == 1:
@@ -129,7 +134,7 @@ class GPT4VImageProcessor(BaseImageProcessor):
         resample: a PIL resampling number (3: bicubic).
     """
 
-    model_input_names = ["pixel_values"]
+    model_input_names: ClassVar[list[str]] = ["pixel_values"]
 
     def __init__(
         self,
@@ -162,8 +167,11 @@ class GPT4VImageProcessor(BaseImageProcessor):
             raise ValueError(f"resample must be one of {sorted(RESAMPLINGS)}, got {resample}")
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> GPT4VImageProcessor:
-        """transformers' `from_pretrained`; raises FileNotFoundError for a folder without the processor's file."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
+    ) -> GPT4VImageProcessor:
+        """transformers' `from_pretrained`; raises FileNotFoundError for a folder without the processor's
+        file."""
         check_folder(pretrained_model_name_or_path, ("preprocessor_config.json", "processor_config.json"))
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -186,7 +194,8 @@ class GPT4VImageProcessor(BaseImageProcessor):
         crop_size: dict[str, int] | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        """One image or (nested) lists of what `open_image` takes -> {"pixel_values": (images, 3, H, W) uint8}."""
+        """One image or (nested) lists of what `open_image` takes -> {"pixel_values": (images, 3, H, W)
+        uint8}."""
         size, crop_size = size or self.size, crop_size or self.crop_size
         resample = self.resample if resample is None else int(resample)
         self._check(size, crop_size, resample)
@@ -213,8 +222,10 @@ def _resize(image: Image.Image, size: dict[str, int], resample: Image.Resampling
         scale = size["shortest_edge"] / min(width, height)
         target = (max(1, round(width * scale)), max(1, round(height * scale)))
         if target[0] * target[1] > MAX_PIXELS:
-            raise ValueError(f"an image of {width} x {height} would be resized to {target[0]} x {target[1]}, "
-                             f"over {MAX_PIXELS // 10**6} megapixels")
+            raise ValueError(
+                f"an image of {width} x {height} would be resized to {target[0]} x {target[1]}, "
+                f"over {MAX_PIXELS // 10**6} megapixels"
+            )
     else:
         target = (size["width"], size["height"])
     return image if target == image.size else image.resize(target, resample)

@@ -1,4 +1,5 @@
-"""The layers of the GPT-4V family: attention by `gf.attention`, ViT blocks over `gf.patch_embed`, the projector."""
+"""The layers of the GPT-4V family: attention by `gf.attention`, ViT blocks over `gf.patch_embed`, the
+projector."""
 
 from __future__ import annotations
 
@@ -30,6 +31,7 @@ def gpt4v_fast_attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface over `gf.attention`; `attention_mask` is a `gf.Mask` or None."""
     out = gf.attention(query, key, value, mask=attention_mask, scale=scaling, dropout_p=dropout)
+    assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
     return out.transpose(1, 2), None
 
 
@@ -49,7 +51,9 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, S, T)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), p=dropout, training=module.training)
+    weights = F.dropout(
+        scores.softmax(-1, dtype=torch.float32).to(query.dtype), p=dropout, training=module.training
+    )
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -72,6 +76,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
+def dense_mask(mask: gf.Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """`mask` as a boolean tensor (B or 1, 1, S, T) for sdpa and eager. A row that sees nothing (padding) sees
+    all, so that softmax stays finite; no real token sees what it computes."""
+    dense = mask.dense(queries, keys, device)
+    dense = dense if dense.dim() == 4 else dense.view(-1, 1, queries, keys)
+    return dense | ~dense.any(-1, keepdim=True)
+
+
 class GPT4VAttention(nn.Module):
     """Grouped-query attention of both towers; the decoder's rotates queries and keys and may use a cache."""
 
@@ -82,7 +94,10 @@ class GPT4VAttention(nn.Module):
         self.config, self.layer_idx = config, layer_idx
         self.head_dim, self.scaling = config.head_dim, config.head_dim**-0.5
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        width, kv_width = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        width, kv_width = (
+            config.num_attention_heads * self.head_dim,
+            config.num_key_value_heads * self.head_dim,
+        )
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
@@ -152,8 +167,9 @@ class GPT4VBlock(GradientCheckpointingLayer):
         super().__init__()
         vision = isinstance(config, GPT4VVisionConfig)
         norm, eps = (
-            (nn.LayerNorm, config.layer_norm_eps) if isinstance(config, GPT4VVisionConfig) else
-            (nn.RMSNorm, config.rms_norm_eps)
+            (nn.LayerNorm, config.layer_norm_eps)
+            if isinstance(config, GPT4VVisionConfig)
+            else (nn.RMSNorm, config.rms_norm_eps)
         )
         self.norm1 = norm(config.hidden_size, eps=eps)
         self.self_attn = GPT4VAttention(config, layer_idx)
@@ -174,7 +190,8 @@ class GPT4VBlock(GradientCheckpointingLayer):
 
 
 class GPT4VVisionTower(nn.Module):
-    """pixels (N, C, H, W) -> features (N, rows * columns, E): patch embedding, position embedding, ViT blocks."""
+    """pixels (N, C, H, W) -> features (N, rows * columns, E): patch embedding, position embedding, ViT
+    blocks."""
 
     def __init__(self, config: GPT4VVisionConfig):
         super().__init__()
@@ -188,7 +205,7 @@ class GPT4VVisionTower(nn.Module):
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
         """The position table (rows * columns, E), interpolated bicubically for images of another size."""
-        table = self.position_embedding
+        table: torch.Tensor = self.position_embedding
         if (rows, columns) != tuple(table.shape[:2]):
             grid = table.permute(2, 0, 1)[None].float()
             grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
@@ -202,7 +219,9 @@ class GPT4VVisionTower(nn.Module):
         std = torch.tensor(config.image_std, device=pixels.device)
         positions = self.positions(rows, columns)
         if config.patch_embed_implementation == "gpt4v_fast":
-            return gf.patch_embed(pixels, conv.weight, bias=conv.bias, mean=mean, std=std, pos_embed=positions)
+            return gf.patch_embed(
+                pixels, conv.weight, bias=conv.bias, mean=mean, std=std, pos_embed=positions
+            )
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         normal = (scaled - mean[:, None, None]) / std[:, None, None]
         return conv(normal.to(conv.weight.dtype)).flatten(2).transpose(1, 2) + positions

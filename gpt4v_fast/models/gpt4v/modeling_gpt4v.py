@@ -1,14 +1,14 @@
-"""The GPT-4V family: ViT blocks over `gf.patch_embed`, a projector, a Llama-style decoder, and the loss through
-`gf.linear_cross_entropy`. Generation, caches, saving and loading come from transformers.
+"""The GPT-4V family: ViT blocks over `gf.patch_embed`, a projector, a Llama-style decoder, and the loss
+through `gf.linear_cross_entropy`. Generation, caches, saving and loading come from transformers.
 
-One `gf.Mask` describes who sees whom in the decoder (causal, padding as documents, image blocks); the implementation
-"gpt4v_fast" takes it as it is, "sdpa" and "eager" get its dense form.
+One `gf.Mask` describes who sees whom in the decoder (causal, padding as documents, image blocks); the
+implementation "gpt4v_fast" takes it as it is, "sdpa" and "eager" get its dense form.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +22,20 @@ import gpt4v_fast as gf
 
 from ..checkpoint import CheckedModel
 from .configuration_gpt4v import GPT4VConfig
-from .layers_gpt4v import GPT4VDecoder, GPT4VProjector, GPT4VVisionTower, rotary_tables
+from .layers_gpt4v import GPT4VDecoder, GPT4VProjector, GPT4VVisionTower, dense_mask, rotary_tables
 
 
 class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
+    """What both models share: flags, the choice of the attention implementation, initial weights."""
+
     config: GPT4VConfig
     config_class = GPT4VConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["GPT4VBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["GPT4VBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = False  # a flash-attn call takes no image blocks
     _supports_flex_attn = False
@@ -45,15 +47,23 @@ class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
             if part._attn_implementation is None:
                 part._attn_implementation = config._attn_implementation
 
-    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+    def get_correct_attn_implementation(
+        self, requested_attention: str | None, is_init_check: bool = False
+    ) -> str:
         requested = "gpt4v_fast" if requested_attention is None else requested_attention
         if requested not in ("gpt4v_fast", "sdpa", "eager"):
-            raise ValueError(f"attn_implementation must be 'gpt4v_fast', 'sdpa' or 'eager', got {requested!r}")
+            raise ValueError(
+                f"attn_implementation must be 'gpt4v_fast', 'sdpa' or 'eager', got {requested!r}"
+            )
         return requested
 
-    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
-        """"gpt4v_fast", "sdpa" or "eager" for the whole model, or {"vision_config": ..., "text_config": ...}."""
-        values = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
+    ) -> None:
+        """For the whole model, or for its parts: {"vision_config": "sdpa", "text_config": "gpt4v_fast"}."""
+        values = (
+            attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
+        )
         for value in values:
             self.get_correct_attn_implementation(value)
         self.config._attn_implementation = attn_implementation
@@ -66,22 +76,23 @@ class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
 
 @dataclass
 class GPT4VModelOutput(BaseModelOutputWithPast):
-    """BaseModelOutputWithPast and `image_hidden_states` (images, tokens, hidden_size), the projector's output."""
+    """BaseModelOutputWithPast and `image_hidden_states` (images, tokens, hidden_size) of the projector."""
 
     image_hidden_states: torch.Tensor | None = None
 
 
 @dataclass
 class GPT4VCausalLMOutput(CausalLMOutputWithPast):
-    """CausalLMOutputWithPast and `image_hidden_states` (images, tokens, hidden_size), the projector's output."""
+    """CausalLMOutputWithPast and `image_hidden_states` (images, tokens, hidden_size) of the projector."""
 
     image_hidden_states: torch.Tensor | None = None
 
 
 class GPT4VModel(GPT4VPreTrainedModel):
-    """The model without its head. Image features take the place of the `<image>` tokens of the text, in order."""
+    """The model without its head. Image features take the place of the `<image>` tokens of the text, in
+    order."""
 
-    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"^lm_head\."]
 
     def __init__(self, config: GPT4VConfig):
         super().__init__(config)
@@ -90,27 +101,49 @@ class GPT4VModel(GPT4VPreTrainedModel):
         self.language_model = GPT4VDecoder(config.text_config)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.language_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.language_model.embed_tokens = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """pixel_values (images, C, H, W), uint8 or float in [0, 1] -> (images, tokens, hidden_size).
 
-        H and W are `image_size`, or any multiple of `patch_size * projector_merge`; the position embedding is then
-        interpolated."""
+        H and W are `image_size`, or any multiple of `patch_size * projector_merge`; the position embedding is
+        then interpolated."""
         config = self.config.vision_config
         unit = config.patch_size * self.config.projector_merge
         shape = tuple(pixel_values.shape)
-        if len(shape) != 4 or shape[1] != config.num_channels or min(shape[2:]) < unit or any(s % unit for s in shape[2:]):
+        if (
+            len(shape) != 4
+            or shape[1] != config.num_channels
+            or min(shape[2:]) < unit
+            or any(s % unit for s in shape[2:])
+        ):
             raise ValueError(
-                f"pixel_values must have shape (images, {config.num_channels}, H, W) with H and W multiples of {unit}, "
-                f"got {shape}"
+                f"pixel_values must have shape (images, {config.num_channels}, H, W) with H and W multiples "
+                f"of {unit}, got {shape}"
             )
         rows, columns = (side // config.patch_size for side in shape[2:])
         return self.projector(self.vision_tower(pixel_values), rows, columns)
+
+    def _embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeddings (B, S, hidden_size), and where `<image>` stands (B, S)."""
+        table = self.get_input_embeddings()
+        if input_ids is not None and inputs_embeds is None:
+            if input_ids.device.type == "cpu" and input_ids.numel():
+                low, high = (int(bound) for bound in input_ids.aminmax())
+                if low < 0 or high >= table.num_embeddings:
+                    raise IndexError(
+                        f"input_ids must be in [0, {table.num_embeddings}), got values in [{low}, {high}]"
+                    )
+            return table(input_ids), input_ids == self.config.image_token_id
+        if input_ids is None and inputs_embeds is not None:
+            return inputs_embeds, (inputs_embeds == table.weight[self.config.image_token_id]).all(-1)
+        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
 
     def _place_images(
         self, embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None, past: int
@@ -128,7 +161,9 @@ class GPT4VModel(GPT4VPreTrainedModel):
             )
         return embeds.masked_scatter(is_image[..., None], features.to(embeds.dtype))
 
-    def _mask(self, attention_mask: torch.Tensor | None, is_image: torch.Tensor | None, each: int, past: int) -> gf.Mask:
+    def _mask(
+        self, attention_mask: torch.Tensor | None, is_image: torch.Tensor | None, each: int, past: int
+    ) -> gf.Mask:
         """Who sees whom: causal, the same document (padding is none), and the whole of one's own image."""
         documents = blocks = None
         if attention_mask is not None and not bool((attention_mask == 1).all()):
@@ -157,22 +192,15 @@ class GPT4VModel(GPT4VPreTrainedModel):
         """Hidden states of the text.
 
         Args:
-            input_ids (B, S), or inputs_embeds (B, S, hidden_size): exactly one. `<image>` tokens are found in input_ids,
-                and in inputs_embeds as the rows that equal their embedding.
+            input_ids (B, S), or inputs_embeds (B, S, hidden_size): exactly one. `<image>` tokens are found in
+                input_ids, and in inputs_embeds as the rows that equal their embedding.
             pixel_values (images, C, H, W): the images of all rows, in order; any number for a row, none too.
-            attention_mask (B, past + S): 1 for text, 0 for padding, on either side; 2, 3, ... number further documents
-                packed into the same row (give position_ids then).
+            attention_mask (B, past + S): 1 for text, 0 for padding, on either side; 2, 3, ... number further
+                documents packed into the same row (give position_ids then).
         Raises:
             ValueError: shapes that do not fit, or a count of `<image>` tokens that is not that of the images.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
-        embedding = self.get_input_embeddings()
-        if inputs_embeds is None:
-            self._check_ids(input_ids)
-            inputs_embeds, is_image = embedding(input_ids), input_ids == self.config.image_token_id
-        else:
-            is_image = (inputs_embeds == embedding.weight[self.config.image_token_id]).all(-1)
+        inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
         batch, length = inputs_embeds.shape[:2]
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and not self.training
@@ -185,7 +213,9 @@ class GPT4VModel(GPT4VPreTrainedModel):
                 f"got {tuple(attention_mask.shape)}"
             )
         features = None if pixel_values is None else self.get_image_features(pixel_values)
-        hidden_states = self.language_model.dropout(self._place_images(inputs_embeds, is_image, features, past))
+        hidden_states = self.language_model.dropout(
+            self._place_images(inputs_embeds, is_image, features, past)
+        )
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden_states.device).expand(batch, -1)
             if attention_mask is not None:
@@ -193,7 +223,10 @@ class GPT4VModel(GPT4VPreTrainedModel):
         text = self.config.text_config
         rotary = rotary_tables(position_ids, text.head_dim, text.rope_theta, hidden_states.dtype)
         mask: Any = self._mask(
-            attention_mask, is_image if features is not None else None, 0 if features is None else features.shape[1], past
+            attention_mask,
+            is_image if features is not None else None,
+            0 if features is None else features.shape[1],
+            past,
         )
         implementation = text._attn_implementation
         if output_attentions and implementation != "eager":
@@ -214,26 +247,13 @@ class GPT4VModel(GPT4VPreTrainedModel):
             image_hidden_states=features,
         )
 
-    def _check_ids(self, input_ids: torch.Tensor) -> None:
-        rows = self.get_input_embeddings().weight.shape[0]
-        if input_ids.device.type == "cpu" and input_ids.numel():
-            low, high = (int(bound) for bound in input_ids.aminmax())
-            if low < 0 or high >= rows:
-                raise IndexError(f"input_ids must be in [0, {rows}), got values in [{low}, {high}]")
-
-
-def dense_mask(mask: gf.Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """`mask` as a boolean tensor (B or 1, 1, S, T) for sdpa and eager. A row that sees nothing (padding) sees all, so
-    that softmax stays finite; no real token sees what it computes."""
-    dense = mask.dense(queries, keys, device)
-    dense = dense if dense.dim() == 4 else dense.view(-1, 1, queries, keys)
-    return dense | ~dense.any(-1, keepdim=True)
-
 
 class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
     """The model with its head: losses, `generate`."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {
+        "lm_head.weight": "model.language_model.embed_tokens.weight"
+    }
 
     def __init__(self, config: GPT4VConfig):
         super().__init__(config)
@@ -243,28 +263,32 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         if self.generation_config.suppress_tokens is None:  # a generated <image> would have no pixels
             self.generation_config.suppress_tokens = [config.image_token_id]
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.model.get_input_embeddings()
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.model.set_input_embeddings(value)
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
+    def _loss(
+        self, hidden: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
+    ) -> torch.Tensor:
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
         reduction = "mean" if num_items is None else "sum"
         if self.config.loss_implementation == "gpt4v_fast":
             weight = self.lm_head.weight
-            loss = gf.linear_cross_entropy(hidden.to(weight.dtype), weight, labels, shift=1, reduction=reduction)
+            loss = gf.linear_cross_entropy(
+                hidden.to(weight.dtype), weight, labels, shift=1, reduction=reduction
+            )
         else:
             logits = self.lm_head(hidden[:, :-1]).float()
             loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
@@ -289,11 +313,12 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         """Loss, logits or both; the arguments of `GPT4VModel.forward`, and:
 
         Args:
-            labels (B, S): the ids of the text itself (position t predicts t + 1), -100 where nothing is asked: on
-                prompts, images and padding. The loss is the mean over the counted tokens, or their sum divided by
+            labels (B, S): the ids of the text itself (position t predicts t + 1), -100 where nothing is
+                asked: on prompts, images and padding. The loss is the mean over the counted tokens, or their
+                    sum divided by
                 num_items_in_batch.
-            return_logits: None computes the logits where there are no labels, and in eval mode; a training step never
-                stores them. True and False decide it.
+            return_logits: None computes the logits where there are no labels, and in eval mode; a training
+                step never stores them. True and False decide it.
             logits_to_keep: the last so many positions (0: all), or their indices.
         """
         outputs = self.model(
@@ -323,8 +348,8 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         )
 
     def caption_prompt(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The ids (images, S) that ask for a caption of each image: `config.caption_prompt_ids`, its one image token
-        repeated for the image's features; without it the image alone."""
+        """The ids (images, S) that ask for a caption of each image: `config.caption_prompt_ids`, its one
+        image token repeated for the image's features; without it the image alone."""
         unit = self.config.vision_config.patch_size * self.config.projector_merge
         tokens = (pixel_values.shape[-2] // unit) * (pixel_values.shape[-1] // unit)
         image = self.config.image_token_id
@@ -339,7 +364,12 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; with `pixel_values` and no text it captions each image."""
         pixels = kwargs.get("pixel_values")
-        if inputs is None and pixels is not None and kwargs.get("input_ids") is None and "inputs_embeds" not in kwargs:
+        if (
+            inputs is None
+            and pixels is not None
+            and kwargs.get("input_ids") is None
+            and "inputs_embeds" not in kwargs
+        ):
             kwargs["input_ids"] = self.caption_prompt(pixels)
         return super().generate(inputs, *args, **kwargs)
 
@@ -351,7 +381,11 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         return inputs
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """Rows are repeated one by one, so the images of a row must be repeated as a group."""
         pixels = kwargs.pop("pixel_values", None)

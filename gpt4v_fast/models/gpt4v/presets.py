@@ -1,11 +1,21 @@
 """Sizes of the family, from one that trains in minutes on two cores to the size of the largest open models.
 
-OpenAI has not published the size of GPT-4V, so the largest presets follow the largest open vision-language models: the
-encoders are ViT-L/14 (CLIP), SoViT-400m (SigLIP) and ViT-6B (InternVL), the decoders Llama 2 and 3.
+OpenAI has not published the size of GPT-4V, so the largest presets follow the largest open vision-language
+models: the encoders are ViT-L/14 (CLIP), SoViT-400m (SigLIP) and ViT-6B (InternVL), the decoders Llama 2
+and 3.
 
-| preset | parameters | image | tokens per image | encoder (width x layers) | decoder (width x layers, heads/kv) |
+| preset | parameters | image | tokens an image | encoder, width x layers | decoder, width x layers (heads) |
 |---|---|---|---|---|---|
-TABLE
+| tiny | 1,186,336 | 32 | 4 | 96 x 3 | 128 x 4 (4, 2) |
+| small | 21,182,848 | 112 | 16 | 256 x 6 | 384 x 8 (6, 2) |
+| base | 123,482,496 | 224 | 64 | 384 x 12 | 768 x 12 (12, 4) |
+| 1b | 1,014,517,248 | 336 | 144 | 1024 x 24 | 1536 x 24 (12, 4) |
+| 8b | 8,479,248,112 | 448 | 256 | 1152 x 27 | 4096 x 32 (32, 8) |
+| 13b | 13,350,836,224 | 336 | 576 | 1024 x 24 | 5120 x 40 (40, 40) |
+| 70b | 76,262,329,344 | 448 | 256 | 3200 x 45 | 8192 x 80 (64, 8) |
+| 405b | 411,868,212,224 | 448 | 256 | 3200 x 45 | 16384 x 126 (128, 8) |
+
+Heads are those of queries, and of keys and values; parameters count encoder, projector and decoder.
 """
 
 from __future__ import annotations
@@ -13,7 +23,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def _vision(hidden: int, layers: int, heads: int, image: int, patch: int, mlp: int | None = None) -> dict[str, Any]:
+def _vision(
+    hidden: int, layers: int, heads: int, image: int, patch: int, mlp: int | None = None
+) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,
@@ -25,7 +37,14 @@ def _vision(hidden: int, layers: int, heads: int, image: int, patch: int, mlp: i
 
 
 def _text(
-    vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv: int, positions: int, theta: float = 10000.0
+    vocab: int,
+    hidden: int,
+    mlp: int,
+    layers: int,
+    heads: int,
+    kv: int,
+    positions: int,
+    theta: float = 10000.0,
 ) -> dict[str, Any]:
     return {
         "vocab_size": vocab,
@@ -42,8 +61,8 @@ def _text(
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "vision_config": _vision(96, 3, 4, 32, 8, 288),
-        "text_config": _text(512, 128, 352, 4, 4, 2, 512),
-        "projector_merge": 1,
+        "text_config": _text(640, 128, 352, 4, 4, 2, 512),
+        "projector_merge": 2,
         "tie_word_embeddings": True,
     },
     "small": {

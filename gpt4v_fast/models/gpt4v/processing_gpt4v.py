@@ -60,9 +60,10 @@ class GPT4VProcessor(ProcessorMixin):
         """Model inputs.
 
         Args:
-            images: one image or (nested) lists of what `open_image` takes; in the order of the `<image>` marks.
-            text: one prompt or a list. Each may hold any number of `<image>` marks, none too. Without text only
-                `pixel_values` come back.
+            images: one image or (nested) lists of what `open_image` takes; in the order of the `<image>`
+                marks.
+            text: one prompt or a list. Each may hold any number of `<image>` marks, none too. Without text
+                only `pixel_values` come back.
             kwargs: of the tokenizer (padding, max_length, ...). A batch is padded unless told otherwise.
         Raises:
             ValueError: neither text nor images, or a count of marks that is not that of the images.
@@ -84,7 +85,9 @@ class GPT4VProcessor(ProcessorMixin):
                 raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
             self._check_marks(prompts, images, len(flat))
             kwargs.setdefault("padding", len(prompts) > 1)
-            expanded = [p.replace(self.image_token, self.image_token * self.image_seq_length) for p in prompts]
+            expanded = [
+                p.replace(self.image_token, self.image_token * self.image_seq_length) for p in prompts
+            ]
             data.update(self.tokenizer(expanded, return_tensors=return_tensors, **kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
@@ -95,8 +98,8 @@ class GPT4VProcessor(ProcessorMixin):
             for row, (found, own) in enumerate(zip(marks, images, strict=True)):
                 if found != len(flatten_images(own)):
                     raise ValueError(
-                        f"text {row} must have one {self.image_token} mark for each of its {len(flatten_images(own))} "
-                        f"images, got {found}"
+                        f"text {row} must have one {self.image_token} mark for each of its "
+                        f"{len(flatten_images(own))} images, got {found}"
                     )
         if sum(marks) != count:
             raise ValueError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,8 @@ PAD, END, IMAGE, SYSTEM, USER, ASSISTANT = (
 )
 SPECIAL_TOKENS = (PAD, END, USER, IMAGE, ASSISTANT, SYSTEM)  # in the order of their ids
 
-# Words with the space before them, numbers digit by digit (so that arithmetic sees place values), runs of symbols, space.
+# Words with the space before them, numbers digit by digit (so that arithmetic sees place values), runs of
+# symbols, spaces.
 WORDS = r"""'(?i:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
 CHAT_TEMPLATE = (
@@ -45,8 +46,8 @@ class GPT4VTokenizer(PreTrainedTokenizerFast):
     A chat is `<|user|>question<|assistant|>answer<|end|>`, an image is `<image>` in the text.
     """
 
-    vocab_files_names = {"tokenizer_file": "tokenizer.json"}
-    model_input_names = ["input_ids", "attention_mask"]
+    vocab_files_names: ClassVar[dict[str, str]] = {"tokenizer_file": "tokenizer.json"}
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"
 
     def __init__(
@@ -83,14 +84,17 @@ class GPT4VTokenizer(PreTrainedTokenizerFast):
         """A tokenizer learnt from `texts`.
 
         Args:
-            vocab_size: at most so many tokens: the 256 bytes, the special tokens, then merges while pairs repeat.
+            vocab_size: at most so many tokens: the 256 bytes, the special tokens, then merges while pairs
+                repeat.
         Raises:
             ValueError: a vocab_size below the bytes and special tokens.
         """
         least = 256 + len(SPECIAL_TOKENS)
         if vocab_size < least:
-            raise ValueError(f"vocab_size must be at least {least} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), "
-                             f"got {vocab_size}")
+            raise ValueError(
+                f"vocab_size must be at least {least} (256 bytes and {len(SPECIAL_TOKENS)} special tokens), "
+                f"got {vocab_size}"
+            )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -106,7 +110,9 @@ class GPT4VTokenizer(PreTrainedTokenizerFast):
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        return cls(tokenizer_object=tokenizer, extra_special_tokens=[USER, IMAGE, ASSISTANT, SYSTEM], **kwargs)
+        return cls(
+            tokenizer_object=tokenizer, extra_special_tokens=[USER, IMAGE, ASSISTANT, SYSTEM], **kwargs
+        )
 
 
 __all__ = ["GPT4VTokenizer"]
