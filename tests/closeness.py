@@ -70,6 +70,7 @@ def compare(
     native_dtype: torch.dtype | None = None,
     upstream_seed: int = 0,
     floor_ulps: float | None = None,
+    gradient_row_dims: int = 1,
     output_names: Sequence[str] = (),
 ) -> None:
     """Runs `fast`, the fp64 oracle and native PyTorch on the same tensors; compares outputs and gradients.
@@ -79,6 +80,7 @@ def compare(
         gradients: the names of the tensors whose gradients are compared, under the same random upstream gradients.
         native: plain PyTorch; None: the oracle in the tested dtype.
         native_dtype: the dtype native computes in; None: that of the tensors.
+        gradient_row_dims: `row_dims` for the gradients.
     """
     exact_outputs, exact_gradients = _run(oracle, tensors, gradients, torch.float64, upstream_seed)
     fast_outputs, fast_gradients = _run(fast, tensors, gradients, None, upstream_seed)
@@ -88,7 +90,7 @@ def compare(
         name = output_names[i] if i < len(output_names) else f"output {i}"
         assert_close(*triple, name=name, floor_ulps=floor_ulps)
     for name, *triple in zip(gradients, fast_gradients, exact_gradients, plain_gradients, strict=True):
-        assert_close(*triple, name=f"gradient of {name}", floor_ulps=floor_ulps)
+        assert_close(*triple, name=f"gradient of {name}", floor_ulps=floor_ulps, row_dims=gradient_row_dims)
 
 
 def _run(

@@ -56,15 +56,17 @@ class _Utils:
 class StandInDriver:
     """Only names the target. Nothing is loaded and nothing runs."""
 
-    def __init__(self, chip: Chip) -> None:
-        self._chip = chip
-        self.utils = _Utils(chip)
+    def __init__(self, arch: str) -> None:
+        self._chip = CHIPS[arch]
+        # A number of its own for every chip: Triton remembers a device's shared memory by its number.
+        self._device = list(CHIPS).index(arch)
+        self.utils = _Utils(self._chip)
 
     def get_current_target(self) -> GPUTarget:
         return self._chip.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self._device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -88,7 +90,7 @@ def compiled_for(arch: str, *modules: Any) -> Iterator[list[CompiledKernel]]:
     before = config._active
     for function in functions:
         function.device_caches.clear()
-    config.set_active(StandInDriver(chip))
+    config.set_active(StandInDriver(arch))
     try:
         yield kernels
         for function in functions:

@@ -1,0 +1,190 @@
+"""Runs Triton kernels under Triton's interpreter, in a process of its own.
+
+`@triton.jit` decides when a kernel is defined whether it is compiled or interpreted, for triton's own library too, so
+TRITON_INTERPRET must be set before triton is first imported. Under a plain `pytest` some other test has imported it
+long before; the compile tests need the real compiler. Hence a worker: `call(function, ...)` runs a function of an
+importable module there and hands back what it returns, or raises what it raised.
+
+The worker differs from a plain interpreter in four ways, two to be as right as a GPU and two to see more:
+  * `tl.dot` widens bf16 operands to fp32. The interpreter multiplies their raw bit patterns (triton#11584).
+  * fp32 is rounded to the nearest bf16. The interpreter cuts the low bits off, which is twice as far away, always
+    towards zero, and makes an infinity of some NaNs.
+  * every element that a kernel reads or writes must lie inside one of the tensors that it was given.
+  * `torch.empty` is filled with NaN, so that an output nobody wrote is seen.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import contextlib
+import functools
+import importlib
+import multiprocessing
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def _pool() -> concurrent.futures.ProcessPoolExecutor:
+    """One worker for the session, started at the first call."""
+    pool = concurrent.futures.ProcessPoolExecutor(
+        1, mp_context=multiprocessing.get_context("spawn"), initializer=_start
+    )
+    atexit.register(pool.shutdown)
+    return pool
+
+
+def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)` in the worker. Tensors travel as bytes, strides and all, so nothing is shared."""
+    job = pickle.dumps((function, args, kwargs))
+    return pickle.loads(_pool().submit(_run, job).result(timeout=250))
+
+
+def launch(module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
+    """A launcher of gpt4v_fast.kernels, here and now; for `call(launch, "attention", "attention_forward", ...)`."""
+    return getattr(importlib.import_module(f"gpt4v_fast.kernels.{module}"), launcher)(*args, **kwargs)
+
+
+def launch_without_widening(module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
+    """`launch` with the interpreter's own `tl.dot`, to show what that does with bf16."""
+    from triton.runtime import interpreter
+
+    builder = type(interpreter.interpreter_builder)
+    widening = builder.create_dot
+    builder.create_dot = widening.__wrapped__
+    try:
+        return launch(module, launcher, *args, **kwargs)
+    finally:
+        builder.create_dot = widening
+
+
+def _run(job: bytes) -> bytes:
+    function, args, kwargs = pickle.loads(job)
+    with warnings.catch_warnings():
+        # NumPy remarks on log(0) and inf - inf, which kernels ask for and then select away.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return pickle.dumps(function(*args, **kwargs))
+
+
+def _start() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["GPT4V_FAST_BACKEND"] = "triton"
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    _widen_dot()
+    _round_to_bf16()
+    _guard_memory()
+
+
+def _widen_dot() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = type(interpreter.interpreter_builder)
+    plain = builder.create_dot
+
+    def widened(operand: Any) -> Any:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        bits = operand.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    @functools.wraps(plain)
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return plain(self, widened(a), widened(b), *rest)
+
+    builder.create_dot = create_dot
+
+
+def _round_to_bf16() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder = type(interpreter.interpreter_builder)
+    plain = builder.create_fp_trunc
+
+    def create_fp_trunc(self: Any, source: Any, to: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return plain(self, source, to)
+        rounded = torch.from_numpy(np.array(source.data, dtype=np.float32)).bfloat16()
+        return interpreter.TensorHandle(rounded.view(torch.uint16).numpy(), tl.bfloat16)
+
+    builder.create_fp_trunc = create_fp_trunc
+
+
+def _guard_memory() -> None:
+    """Raises IndexError for a load or store, not masked off, outside the extents of the kernel's tensor arguments."""
+    import numpy as np
+    from triton.runtime import interpreter
+
+    extents: list[tuple[int, int]] = []
+    builder = type(interpreter.interpreter_builder)
+    executor = interpreter.GridExecutor
+    plain_call = executor.__call__
+
+    @functools.wraps(plain_call)
+    def guarded_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        extents[:] = [_extent(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        return plain_call(self, *args, **kwargs)
+
+    def check(pointers: Any, mask: Any, action: str) -> None:
+        shape = pointers.data.shape
+        active = pointers.data[np.broadcast_to(np.asarray(mask.data, dtype=bool), shape)].astype(np.int64)
+        size = pointers.dtype.element_ty.primitive_bitwidth // 8
+        inside = np.zeros(active.shape, dtype=bool)
+        for first, last in extents:
+            inside |= (active >= first) & (active + size <= last)
+        if not inside.all():
+            raise IndexError(f"{action} of {(~inside).sum()} elements outside every tensor of the launch")
+
+    def guard(method: str, mask_argument: int, action: str) -> None:
+        plain = getattr(builder, method)
+
+        @functools.wraps(plain)
+        def guarded(self: Any, pointers: Any, *rest: Any) -> Any:
+            check(pointers, rest[mask_argument], action)
+            return plain(self, pointers, *rest)
+
+        setattr(builder, method, guarded)
+
+    executor.__call__ = guarded_call
+    # Unmasked loads and stores come here too, with a mask of ones.
+    guard("create_masked_load", 0, "load")
+    guard("create_masked_store", 1, "store")
+
+
+def _extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """First byte and the one after the last, over all strides."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+@contextlib.contextmanager
+def launches() -> Iterator[list[str]]:
+    """In the worker: the names of the kernels that are launched in the block."""
+    from triton.runtime import interpreter
+
+    names: list[str] = []
+    executor = interpreter.GridExecutor
+    plain = executor.__call__
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names.append(self.fn.__name__)
+        return plain(self, *args, **kwargs)
+
+    executor.__call__ = recorded
+    try:
+        yield names
+    finally:
+        executor.__call__ = plain
