@@ -45,7 +45,7 @@ struct AttentionArgs {
   int64_t window_right;  // -1: unbounded
   float scale;
   float softcap;    // 0: none
-  float dropout_p;  // 0: none; the generator is in docs/math.md
+  double dropout_p;  // 0: none; the generator is in docs/math.md
   uint64_t seed;
 
   View out;  // (B, H, S, Dv), q's dtype

@@ -239,7 +239,7 @@ AttentionArgs attention_args(const View& q, const View& k, const View& v, const 
                              const View& query_images, const View& key_images, const View& key_lengths,
                              const View& offsets, const View& cu_seqlens_q, const View& cu_seqlens_k, bool causal,
                              bool bottom_right, int64_t window_left, int64_t window_right, float scale,
-                             float softcap, float dropout_p, uint64_t seed, const View& out, const View& lse) {
+                             float softcap, double dropout_p, uint64_t seed, const View& out, const View& lse) {
   AttentionArgs a{};
   a.q = q, a.k = k, a.v = v;
   a.bias = bias, a.alibi_slopes = alibi_slopes, a.sinks = sinks;
@@ -267,7 +267,7 @@ PYBIND11_MODULE(_C, m) {
         [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
            View key_documents, View query_images, View key_images, View key_lengths, View offsets, View cu_seqlens_q,
            View cu_seqlens_k, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale,
-           float softcap, float dropout_p, uint64_t seed, View out, View lse, int threads) {
+           float softcap, double dropout_p, uint64_t seed, View out, View lse, int threads) {
           const AttentionArgs a = attention_args(
               q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images, key_images, key_lengths,
               offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right, window_left, window_right, scale, softcap,
@@ -280,7 +280,7 @@ PYBIND11_MODULE(_C, m) {
         [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
            View key_documents, View query_images, View key_images, View key_lengths, View offsets, View cu_seqlens_q,
            View cu_seqlens_k, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale,
-           float softcap, float dropout_p, uint64_t seed, View out, View lse, View dout, View dlse, View dq, View dk,
+           float softcap, double dropout_p, uint64_t seed, View out, View lse, View dout, View dlse, View dq, View dk,
            View dv, View dbias, View dsinks, int threads) {
           AttentionArgs a = attention_args(
               q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images, key_images, key_lengths,

@@ -1,10 +1,36 @@
+// Attention on the CPU, forward and backward, for every argument of AttentionArgs. Numbers in the tensors are fp32, bf16
+// or fp16; everything in between is fp32.
+//     attention_block.h     blocks of queries, and which keys they see
+//     attention_scores.h    softcap, bias, ALiBi, masks, dropout on a tile
+//     attention_tile.h      packing and the matrix product
+//     attention_forward.h, attention_backward.h
 #pragma once
 
-#include "args.h"
+#include "kernels/attention_backward.h"
+#include "kernels/attention_forward.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-static void attention_forward(const AttentionArgs&, int) {}
-static void attention_backward(const AttentionArgs&, int) {}
+static void attention_forward(const AttentionArgs& a, int threads) {
+  switch (a.q.dtype) {
+    case DType::kBFloat16:
+      return attention_forward_as<bfloat16>(a, threads);
+    case DType::kFloat16:
+      return attention_forward_as<float16>(a, threads);
+    default:
+      return attention_forward_as<float>(a, threads);
+  }
+}
+
+static void attention_backward(const AttentionArgs& a, int threads) {
+  switch (a.q.dtype) {
+    case DType::kBFloat16:
+      return attention_backward_as<bfloat16>(a, threads);
+    case DType::kFloat16:
+      return attention_backward_as<float16>(a, threads);
+    default:
+      return attention_backward_as<float>(a, threads);
+  }
+}
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

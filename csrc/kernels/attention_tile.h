@@ -1,0 +1,118 @@
+// The parts of the attention kernels that know nothing of attention: tiles copied to fp32 scratch, and one matrix
+// product over them.
+#pragma once
+
+#include "simd/buffer.h"
+#include "simd/vec.h"
+
+namespace gpt4v_fast::GPT4V_FAST_ISA {
+
+// Rows of a tensor: element (r, c) is data[r * row_stride + c * col_stride].
+template <class T>
+struct Rows {
+  T* data;
+  int64_t row_stride, col_stride;
+};
+
+// to[r * width + c] = factor * from(r, c); columns up to `width` are filled with zeros.
+template <class T>
+static void pack(Rows<const T> from, int64_t rows, int64_t cols, float factor, float* to, int64_t width) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* source = from.data + r * from.row_stride;
+    float* target = to + r * width;
+    if (from.col_stride == 1)
+      for (int64_t c = 0; c < cols; ++c) target[c] = to_float(source[c]) * factor;
+    else
+      for (int64_t c = 0; c < cols; ++c) target[c] = to_float(source[c * from.col_stride]) * factor;
+    for (int64_t c = cols; c < width; ++c) target[c] = 0.0f;
+  }
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c].
+static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
+                      int64_t to_stride) {
+  for (int64_t c = 0; c < cols; ++c)
+    for (int64_t r = 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+}
+
+template <class T>
+static void unpack(const float* from, int64_t width, int64_t rows, int64_t cols, float factor, Rows<T> to) {
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < cols; ++c)
+      to.data[r * to.row_stride + c * to.col_stride] = from_float<T>(from[r * width + c] * factor);
+}
+
+// A matrix operand whose elements are broadcast one by one: (r, d) is data[r * row_stride + d * depth_stride].
+struct Broadcast {
+  const float* data;
+  int64_t row_stride, depth_stride;
+};
+
+enum class Into { kSet, kAdd, kScaleAndAdd };
+
+// One register tile of `product` below. A sum of `depth` products is rounded on its own before it joins what stands in c,
+// which keeps long sums accurate.
+template <Into kInto, int kTileRows, int kTileVectors>
+static inline void product_tile(Broadcast a, const float* b, int64_t b_stride, int64_t depth, float* c,
+                                int64_t c_stride, const float* column_scale) {
+  Vec sum[kTileRows][kTileVectors] = {};
+  for (int64_t d = 0; d < depth; ++d) {
+    Vec column[kTileVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) column[v] = load_vec(b + d * b_stride + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const Vec row = broadcast(a.data[r * a.row_stride + d * a.depth_stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = mul_add(row, column[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) {
+      float* to = c + r * c_stride + v * kLanes;
+      Vec value = sum[r][v];
+      if (kInto == Into::kAdd) value = load_vec(to) + value;
+      if (kInto == Into::kScaleAndAdd) value = mul_add(load_vec(to), load_vec(column_scale + v * kLanes), value);
+      store_vec(to, value);
+    }
+  }
+}
+
+// The register tile: accumulators, one step's operands and little else in registers.
+// 4 x 4 + 4 + 1 of 32 (AVX-512), 4 x 2 + 2 + 1 of 16 (AVX2, SSE2).
+constexpr int kProductRows = 4;
+#if defined(__AVX512F__)
+constexpr int kProductVectors = 4;
+#else
+constexpr int kProductVectors = 2;
+#endif
+
+// c (rows, cols) = or += a (rows, depth) b (depth, cols), b and c with contiguous columns, cols a multiple of kLanes.
+// kScaleAndAdd: c is multiplied by column_scale (cols) before the product is added.
+template <Into kInto>
+static void product(int64_t rows, int64_t cols, int64_t depth, Broadcast a, const float* b, int64_t b_stride, float* c,
+                    int64_t c_stride, const float* column_scale = nullptr) {
+  constexpr int kWide = kProductVectors * kLanes;
+  for (int64_t x = 0; x < cols;) {
+    const bool wide = x + kWide <= cols;
+    const float* scale = kInto == Into::kScaleAndAdd ? column_scale + x : nullptr;
+    int64_t r = 0;
+    const auto rest = [&](int64_t row) { return Broadcast{a.data + row * a.row_stride, a.row_stride, a.depth_stride}; };
+    const auto to = [&](int64_t row) { return c + row * c_stride + x; };
+    if (wide) {
+      for (; r + kProductRows <= rows; r += kProductRows)
+        product_tile<kInto, kProductRows, kProductVectors>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
+      for (; r < rows; ++r)
+        product_tile<kInto, 1, kProductVectors>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
+    } else {
+      for (; r + 2 * kProductRows <= rows; r += 2 * kProductRows)
+        product_tile<kInto, 2 * kProductRows, 1>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
+      for (; r < rows; ++r) product_tile<kInto, 1, 1>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
+    }
+    x += wide ? kWide : kLanes;
+  }
+}
+
+}  // namespace gpt4v_fast::GPT4V_FAST_ISA
