@@ -90,6 +90,12 @@ void check_threads(int threads) {
   if (threads < 1) throw std::invalid_argument("threads: expected at least 1, got " + std::to_string(threads));
 }
 
+void check_probe(int threads, double seconds) {
+  check_threads(threads);
+  if (!(seconds > 0.0 && seconds <= 10.0))
+    throw std::invalid_argument("seconds: expected more than 0 and at most 10, got " + std::to_string(seconds));
+}
+
 constexpr std::initializer_list<DType> kFloats = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 void check_attention(const AttentionArgs& a, int threads) {
@@ -262,6 +268,43 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return gpt4v_fast::kernels().isa; });
   m.def("available_isas", &gpt4v_fast::available_isas);
   m.def("select_isa", &gpt4v_fast::select_isa, py::arg("name"));
+
+#ifdef __clang__
+  m.attr("compiler") = "Clang " __clang_version__;
+#else
+  m.attr("compiler") = "GCC " __VERSION__;
+#endif
+  m.def(
+      "peak_fma",
+      [](int threads, double seconds) {
+        check_probe(threads, seconds);
+        py::gil_scoped_release release;
+        return gpt4v_fast::kernels().peak_fma(threads, seconds);
+      },
+      py::arg("threads"), py::arg("seconds"));
+  m.def(
+      "peak_dot_bf16",
+      [](int threads, double seconds) {
+        check_probe(threads, seconds);
+        py::gil_scoped_release release;
+        return gpt4v_fast::kernels().peak_dot_bf16(threads, seconds);
+      },
+      py::arg("threads"), py::arg("seconds"));
+  m.def(
+      "peak_read",
+      [](View data, int threads, double seconds) {
+        check_probe(threads, seconds);
+        check_ndim("data", data, 1);
+        check_dtype("data", data, {DType::kFloat32});
+        if (data.size[0] < threads * gpt4v_fast::kPeakReadFloats || data.stride[0] != 1)
+          throw std::invalid_argument("data: expected at least " +
+                                      std::to_string(gpt4v_fast::kPeakReadFloats) +
+                                      " contiguous floats per thread, got " + std::to_string(data.size[0]));
+        py::gil_scoped_release release;
+        return gpt4v_fast::kernels().peak_read(static_cast<const float*>(data.data), data.size[0], threads,
+                                               seconds);
+      },
+      py::arg("data"), py::arg("threads"), py::arg("seconds"));
 
   m.def("attention_forward",
         [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,

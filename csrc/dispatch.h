@@ -8,6 +8,10 @@
 
 namespace gpt4v_fast {
 
+// Floats that a thread of peak_read reads per look at the clock; the data holds at least this many for each
+// thread.
+constexpr int64_t kPeakReadFloats = 256 * 1024;
+
 // `threads` is the number of OpenMP threads to use; no kernel's result depends on it.
 struct Kernels {
   const char* isa;
@@ -19,6 +23,10 @@ struct Kernels {
   void (*linear_cross_entropy_backward)(const LinearCrossEntropyArgs&, int threads);
   void (*patch_embed_forward)(const PatchEmbedArgs&, int threads);
   void (*patch_embed_backward)(const PatchEmbedArgs&, int threads);
+  // Probes for benchmarks (kernels/peak.h): GFLOP/s, GFLOP/s and GB/s on this many threads.
+  double (*peak_fma)(int threads, double seconds);
+  double (*peak_dot_bf16)(int threads, double seconds);
+  double (*peak_read)(const float* data, int64_t count, int threads, double seconds);
 };
 
 // The ISAs this binary holds and this processor runs, slowest first.

@@ -1,6 +1,7 @@
-// Included once by each ISA's file, which names its namespace in GPT4V_FAST_ISA. Everything below a kernel lives in
-// that namespace or is a system header's macro or intrinsic: the linker keeps one copy of an inline function, and it
-// must not be one compiled for a processor that the caller does not have (tests/test_build.py looks for such symbols).
+// Included once by each ISA's file, which names its namespace in GPT4V_FAST_ISA. Everything below a kernel
+// lives in that namespace or is a system header's macro or intrinsic: the linker keeps one copy of an inline
+// function, and it must not be one compiled for a processor that the caller does not have
+// (tests/test_build.py looks for such symbols).
 #pragma once
 
 #include "dispatch.h"
@@ -8,6 +9,7 @@
 #include "kernels/cross_entropy.h"
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/patch_embed.h"
+#include "kernels/peak.h"
 
 #define GPT4V_FAST_STRINGIFY_(x) #x
 #define GPT4V_FAST_STRINGIFY(x) GPT4V_FAST_STRINGIFY_(x)
@@ -25,6 +27,9 @@ const Kernels& table() {
       linear_cross_entropy_backward,
       patch_embed_forward,
       patch_embed_backward,
+      peak_fma,
+      peak_dot_bf16,
+      peak_read,
   };
   return kTable;
 }
