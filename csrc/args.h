@@ -68,9 +68,10 @@ struct CrossEntropyArgs {
   float label_smoothing;
   float softcap;  // 0: none
 
-  View nll;     // (N) fp32; 0 where ignored
-  View lse;     // (N) fp32; 0 where ignored
-  View argmax;  // (N) int64; -1 where ignored
+  View nll;      // (N) fp32; 0 where ignored
+  View lse;      // (N) fp32; 0 where ignored
+  View lse_low;  // (N) fp32: what rounding lse to fp32 left out; exp(z - lse) is wrong by as much at logits of 1e4
+  View argmax;   // (N) int64; -1 where ignored
 
   // Backward only.
   View grad_nll;     // (N) fp32
@@ -89,9 +90,10 @@ struct LinearCrossEntropyArgs {
   float label_smoothing;
   float softcap;
 
-  View nll;     // (N) fp32
-  View lse;     // (N) fp32
-  View argmax;  // (N) int64
+  View nll;      // (N) fp32
+  View lse;      // (N) fp32
+  View lse_low;  // (N) fp32, as above
+  View argmax;   // (N) int64
 
   // Backward only. A gradient that is not needed is absent.
   View grad_nll;

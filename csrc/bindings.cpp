@@ -162,7 +162,7 @@ void check_per_token(const Args& a, int64_t N, int64_t V) {
   check_dtype("target", a.target, {DType::kInt64});
   check_shape("class_weight", a.class_weight, {V});
   check_dtype("class_weight", a.class_weight, {DType::kFloat32});
-  for (const View* row : {&a.nll, &a.lse, &a.grad_nll, &a.grad_lse}) {
+  for (const View* row : {&a.nll, &a.lse, &a.lse_low, &a.grad_nll, &a.grad_lse}) {
     check_shape("nll, lse and their gradients", *row, {N});
     check_dtype("nll, lse and their gradients", *row, {DType::kFloat32});
   }
@@ -337,23 +337,23 @@ PYBIND11_MODULE(_C, m) {
         });
 
   m.def("cross_entropy_forward", [](View logits, View target, View class_weight, int64_t ignore_index,
-                                    float label_smoothing, float softcap, View nll, View lse, View argmax,
-                                    int threads) {
+                                    float label_smoothing, float softcap, View nll, View lse, View lse_low,
+                                    View argmax, int threads) {
     CrossEntropyArgs a{};
     a.logits = logits, a.target = target, a.class_weight = class_weight;
     a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-    a.nll = nll, a.lse = lse, a.argmax = argmax;
+    a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax;
     check_cross_entropy(a, threads);
     py::gil_scoped_release release;
     gpt4v_fast::kernels().cross_entropy_forward(a, threads);
   });
   m.def("cross_entropy_backward", [](View logits, View target, View class_weight, int64_t ignore_index,
-                                     float label_smoothing, float softcap, View lse, View grad_nll, View grad_lse,
-                                     View grad_logits, int threads) {
+                                     float label_smoothing, float softcap, View lse, View lse_low, View grad_nll,
+                                     View grad_lse, View grad_logits, int threads) {
     CrossEntropyArgs a{};
     a.logits = logits, a.target = target, a.class_weight = class_weight;
     a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-    a.lse = lse, a.grad_nll = grad_nll, a.grad_lse = grad_lse, a.grad_logits = grad_logits;
+    a.lse = lse, a.lse_low = lse_low, a.grad_nll = grad_nll, a.grad_lse = grad_lse, a.grad_logits = grad_logits;
     check_cross_entropy(a, threads);
     py::gil_scoped_release release;
     gpt4v_fast::kernels().cross_entropy_backward(a, threads);
@@ -361,23 +361,23 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("linear_cross_entropy_forward",
         [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
-           float label_smoothing, float softcap, View nll, View lse, View argmax, int threads) {
+           float label_smoothing, float softcap, View nll, View lse, View lse_low, View argmax, int threads) {
           LinearCrossEntropyArgs a{};
           a.hidden = hidden, a.weight = weight, a.bias = bias, a.target = target, a.class_weight = class_weight;
           a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-          a.nll = nll, a.lse = lse, a.argmax = argmax;
+          a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax;
           check_linear_cross_entropy(a, threads);
           py::gil_scoped_release release;
           gpt4v_fast::kernels().linear_cross_entropy_forward(a, threads);
         });
   m.def("linear_cross_entropy_backward",
         [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
-           float label_smoothing, float softcap, View lse, View grad_nll, View grad_lse, View grad_hidden,
-           View grad_weight, View grad_bias, int threads) {
+           float label_smoothing, float softcap, View lse, View lse_low, View grad_nll, View grad_lse,
+           View grad_hidden, View grad_weight, View grad_bias, int threads) {
           LinearCrossEntropyArgs a{};
           a.hidden = hidden, a.weight = weight, a.bias = bias, a.target = target, a.class_weight = class_weight;
           a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-          a.lse = lse, a.grad_nll = grad_nll, a.grad_lse = grad_lse;
+          a.lse = lse, a.lse_low = lse_low, a.grad_nll = grad_nll, a.grad_lse = grad_lse;
           a.grad_hidden = grad_hidden, a.grad_weight = grad_weight, a.grad_bias = grad_bias;
           check_linear_cross_entropy(a, threads);
           py::gil_scoped_release release;

@@ -1,10 +1,215 @@
+// Cross-entropy of logits = hidden @ weight^T + bias that are never written whole: forward here, backward in
+// linear_cross_entropy_backward.h.
+//
+// Tokens stand in the lanes. Up to kMaxTokens counted tokens (ignored rows are dropped first) are packed
+// once, shared by all threads; a task takes a range of the vocabulary, kTileRows rows of the weight at a
+// time, and turns each tile of logits (kTileRows x kCols, in first-level cache) into the running statistics
+// of kernels/loss.h: no horizontal sums. The ranges' statistics are merged in the order of the vocabulary. 2
+// N V E flops; bytes: the weight once per kMaxTokens tokens, hidden once.
+//
+// Ranges, tiles and depths follow from N, V and E alone, and every sum has one thread, so results do not
+// depend on how many threads there are. Scratch is at most kForwardBytes beside per-token scalars.
 #pragma once
 
+#include <omp.h>
+
 #include "args.h"
+#include "kernels/loss_tiles.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
+namespace loss {
 
-static void linear_cross_entropy_forward(const LinearCrossEntropyArgs&, int) {}
-static void linear_cross_entropy_backward(const LinearCrossEntropyArgs&, int) {}
+// Tokens packed at a time: their fp32 copy is at most 4 MiB (or one strip), a share of the last-level cache.
+constexpr int64_t kMaxTokens = 1024;
+constexpr int64_t kPackBytes = 4 << 20;
+
+// Rows of the weight per tile are fewer than kTileRows where their fp32 copy would pass a quarter of a
+// second-level cache.
+constexpr int64_t kWeightBytes = 256 << 10;
+
+// All the threads' private scratch; where the depth makes it larger, fewer threads work.
+constexpr int64_t kThreadBytes = 16 << 20;
+
+// Ranges of the vocabulary: tasks for many threads, statistics of at most 256 x 1024 tokens (9 MiB).
+constexpr int64_t kMaxRanges = 256;
+constexpr int64_t kMinRangeRows = 256;
+
+static inline int64_t tokens_per_chunk(int64_t E) {
+  const int64_t fitting = min_of(kMaxTokens, kPackBytes / (4 * max_of(E, 1)));
+  return max_of(kCols, fitting / kCols * kCols);
+}
+
+static inline int64_t weight_panels(int64_t E) {
+  return max_of(1, min_of(kTilePanels, kWeightBytes / (4 * max_of(E, 1)) / kRows));
+}
+
+static inline int team_size(int threads, int64_t floats_per_thread) {
+  const int64_t fitting = kThreadBytes / (4 * max_of(floats_per_thread, 1));
+  return static_cast<int>(max_of(1, min_of(threads, fitting)));
+}
+
+// The rows that count, in order.
+struct Counted {
+  Buffer<int64_t> rows;
+  int64_t count = 0;
+
+  template <class Args>
+  Counted(const Args& a, const Classes& classes, int64_t N) : rows(N) {
+    for (int64_t row = 0; row < N; ++row)
+      if (classes.counted(at<int64_t>(a.target, row))) rows[count++] = row;
+  }
+};
+
+// One tile's rows of the weight: packed, with their bias and class weights.
+struct WeightTile {
+  float* panels;  // kTileRows * E floats
+  int64_t first, count;
+  double class_weight_sum;
+  float bias[kTileRows];
+  float class_weight[kTileRows];
+
+  template <class T>
+  void load(const LinearCrossEntropyArgs& a, const RowsOf<T>& weight, const Classes& classes,
+            int64_t first_row, int64_t rows) {
+    const int64_t E = a.weight.size[1];
+    first = first_row, count = rows;
+    for (int64_t i = 0; i * kRows < rows; ++i)
+      pack_rows_as_lanes(weight, first + i * kRows, min_of(kRows, rows - i * kRows), E, kRows,
+                         panels + i * E * kRows);
+    for (int64_t r = 0; r < rows; ++r)
+      bias[r] = a.bias.defined ? load_any(a.bias, (first + r) * a.bias.stride[0]) : 0.0f;
+    class_weight_sum = classes.smoothing > 0.0f ? classes.copy(first, rows, class_weight) : 0.0;
+  }
+
+  // tile[r * kCols + c] = logit of row first + r and token c of a packed strip.
+  void logits(const float* strip, int64_t E, float* tile) const {
+    gemm::multiply_panels(panels, ceil_div(count, kRows), strip, E, tile);
+    for (int64_t r = 0; r < count; ++r)
+      for (int c = 0; c < kCols; ++c) tile[r * kCols + c] += bias[r];
+  }
+};
+
+// Statistics of a strip of tokens over a range of the vocabulary, token by lane.
+struct Lanes {
+  float best[kCols], origin[kCols];
+  int64_t argmax[kCols];
+  double sum[kCols], deviation[kCols];
+
+  void clear() {
+    for (int c = 0; c < kCols; ++c) {
+      best[c] = -kInfinity, origin[c] = 0.0f, argmax[c] = 0;
+      sum[c] = 0.0, deviation[c] = 0.0;
+    }
+  }
+
+  // Takes in the logits of `rows` classes, the first of them `first`; leaves z in the tile. `weight_before`
+  // is the sum of the class weights taken in so far.
+  void take(float* tile, int64_t first, int64_t rows, const float* class_weight, double weight_before,
+            const Cap& cap, bool smoothing) {
+    float largest[kCols], moved[kCols], tile_sum[kCols] = {};
+    int32_t where[kCols] = {};
+    for (int c = 0; c < kCols; ++c) largest[c] = -kInfinity;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int c = 0; c < kCols; ++c) {
+        const float x = tile[r * kCols + c];
+        where[c] = x > largest[c] ? static_cast<int32_t>(r) : where[c];
+        largest[c] = x > largest[c] ? x : largest[c];
+      }
+    if (cap.active())
+      for (int64_t i = 0; i < rows * kCols; ++i) tile[i] = cap.softcap * tanh(tile[i] * cap.inverse);
+    for (int c = 0; c < kCols; ++c) {
+      const float before = cap(best[c]);
+      argmax[c] = largest[c] > best[c] ? first + where[c] : argmax[c];
+      best[c] = largest[c] > best[c] ? largest[c] : best[c];
+      moved[c] = origin_of(cap(best[c]));
+      sum[c] *= rescale(before, origin[c], moved[c]);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      for (int c = 0; c < kCols; ++c) tile_sum[c] += exp(tile[r * kCols + c] - moved[c]);
+    for (int c = 0; c < kCols; ++c) sum[c] += tile_sum[c];
+    if (smoothing) {
+      float shift[kCols] = {};
+      for (int64_t r = 0; r < rows; ++r)
+        for (int c = 0; c < kCols; ++c) shift[c] += class_weight[r] * (tile[r * kCols + c] - moved[c]);
+      for (int c = 0; c < kCols; ++c)
+        deviation[c] += weight_before * (static_cast<double>(origin[c]) - moved[c]) + shift[c];
+    }
+    for (int c = 0; c < kCols; ++c) origin[c] = moved[c];
+  }
+
+  Statistics of(int c, double weight) const {
+    Statistics s;
+    s.best = best[c], s.argmax = argmax[c], s.origin = origin[c];
+    s.sum = sum[c], s.weight = weight, s.deviation = deviation[c];
+    return s;
+  }
+};
+
+template <class T>
+static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
+  const int64_t N = a.hidden.size[0], E = a.hidden.size[1], V = a.weight.size[0];
+  const Classes classes(a, V);
+  const Cap cap(a.softcap);
+  const Counted counted(a, classes, N);
+  for (int64_t row = 0; row < N; ++row)
+    if (!classes.counted(at<int64_t>(a.target, row))) write_uncounted_row(a, classes, row);
+  if (counted.count == 0) return;
+
+  const RowsOf<T> weight(a.weight, nullptr), hidden(a.hidden, counted.rows.get());
+  const int64_t chunk = min_of(tokens_per_chunk(E), round_up(counted.count, kCols)), strips = chunk / kCols;
+  const int64_t tile_rows = weight_panels(E) * kRows;
+  const int64_t range_rows = round_up(max_of(kMinRangeRows, ceil_div(V, kMaxRanges)), tile_rows);
+  const int64_t ranges = ceil_div(V, range_rows);
+  const int team = team_size(threads, tile_rows * E);
+  const Buffer<float> packed(chunk * E), scratch(team * tile_rows * E), target_z(chunk);
+  const Buffer<Lanes> partial(ranges * strips);
+  const Buffer<double> range_weight(ranges);
+  const bool smoothing = classes.smoothing > 0.0f;
+
+#pragma omp parallel num_threads(team)
+  for (int64_t n = 0; n < counted.count; n += chunk) {
+    const int64_t tokens = min_of(chunk, counted.count - n), used = ceil_div(tokens, kCols);
+    pack_tokens_by_team(hidden, n, tokens, E, packed.get());
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t range = 0; range < ranges; ++range) {
+      Lanes* lanes = partial.get() + range * strips;
+      for (int64_t s = 0; s < used; ++s) lanes[s].clear();
+      WeightTile rows;
+      rows.panels = scratch.get() + omp_get_thread_num() * tile_rows * E;
+      double weight_before = 0.0;
+      const int64_t end = min_of(V, (range + 1) * range_rows);
+      for (int64_t v = range * range_rows; v < end; v += tile_rows) {
+        rows.load(a, weight, classes, v, min_of(tile_rows, end - v));
+        for (int64_t s = 0; s < used; ++s) {
+          alignas(64) float tile[kTileRows * kCols];
+          rows.logits(packed.get() + s * E * kCols, E, tile);
+          lanes[s].take(tile, v, rows.count, rows.class_weight, weight_before, cap, smoothing);
+          for (int64_t c = 0; c < min_of(kCols, tokens - s * kCols); ++c) {
+            const int64_t r = at<int64_t>(a.target, counted.rows[n + s * kCols + c]) - v;
+            if (r >= 0 && r < rows.count) target_z[s * kCols + c] = tile[r * kCols + c];
+          }
+        }
+        weight_before += rows.class_weight_sum;
+      }
+      range_weight[range] = weight_before;
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < tokens; ++i) {
+      Statistics total;
+      for (int64_t range = 0; range < ranges; ++range)
+        total.merge(partial[range * strips + i / kCols].of(static_cast<int>(i % kCols), range_weight[range]),
+                    cap);
+      write_counted_row(a, classes, counted.rows[n + i], total, target_z[i]);
+    }
+  }
+}
+
+}  // namespace loss
+
+static void linear_cross_entropy_forward(const LinearCrossEntropyArgs& a, int threads) {
+  loss::with_float(a.hidden.dtype, [&](auto zero) { loss::linear_forward<decltype(zero)>(a, threads); });
+}
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA
+
+#include "kernels/linear_cross_entropy_backward.h"

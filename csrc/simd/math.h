@@ -1,19 +1,24 @@
-// exp, exp2 and tanh in fp32 as straight lines of arithmetic, for loops that the compiler turns into vector code.
+// exp, exp2 and tanh in fp32 as straight lines of arithmetic, for loops that the compiler turns into vector
+// code.
 //
-// Polynomials by Remez exchange for relative error, in 40 digits. The errors stated are the largest of the compiled
-// functions, with and without FMA, against double precision at every float of the interval from 2^-25 up (and every
-// 4096th below). A NaN comes out as a NaN: scales are multiplied, never added to exponent bits.
+// Polynomials by Remez exchange for relative error, in 40 digits. The errors stated are the largest of the
+// compiled functions, with and without FMA, against double precision at every float of the interval from
+// 2^-25 up (and every 4096th below). A NaN comes out as a NaN: scales are multiplied, never added to exponent
+// bits.
 #pragma once
 
 #include "simd/scalar.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// 1.5 * 2^23: a float of magnitude below 2^22 that is added to it is rounded to an integer, which stands in the low bits.
+// 1.5 * 2^23: a float of magnitude below 2^22 that is added to it is rounded to an integer, which stands in
+// the low bits.
 constexpr float kRoundingShift = 12582912.0f;
 
 // 2^n of the integer n in [-126, 127] that `shifted` = n + kRoundingShift holds.
-static inline float power_of_two(float shifted) { return bits_to_float((float_to_bits(shifted) + 127u) << 23); }
+static inline float power_of_two(float shifted) {
+  return bits_to_float((float_to_bits(shifted) + 127u) << 23);
+}
 
 // 2^x for x in [-126, 127], relative error 1.1e-7; 0 below, infinity above.
 static inline float exp2(float x) {
@@ -29,9 +34,9 @@ static inline float exp2(float x) {
   return x > 127.0f ? __builtin_inff() : p;
 }
 
-// e^x for x in [-87.3, 88], relative error 0.9e-7; 0 below, infinity above. The argument is reduced with ln 2 in two parts
-// (Cody and Waite 1980), the first with so few bits that its multiples are exact; exp2(x * log2(e)) would be off by
-// x units in the last place.
+// e^x for x in [-87.3, 88], relative error 0.9e-7; 0 below, infinity above. The argument is reduced with ln 2
+// in two parts (Cody and Waite 1980), the first with so few bits that its multiples are exact; exp2(x *
+// log2(e)) would be off by x units in the last place.
 static inline float exp(float x) {
   const float shifted = mul_add(x, 1.44269504f, kRoundingShift);
   const float n = shifted - kRoundingShift;

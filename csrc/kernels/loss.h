@@ -1,0 +1,162 @@
+// What the two cross-entropy kernels share: a row's statistics taken online over the vocabulary, and its
+// slopes backward.
+//
+//     z = softcap * tanh(x / softcap), or x;   lse = log sum_j exp(z_j)
+//     nll = (1 - eps) w_y (lse - z_y) + eps / V * sum_j w_j (lse - z_j)
+//     dz_j = (g_nll ((1 - eps) w_y + eps / V * sum w) + g_lse) p_j - g_nll ((1 - eps) w_y [j = y] + eps / V *
+//     w_j)
+//
+// Everything is kept relative to an origin, the row's largest z so far, and lse leaves as a pair of floats
+// (lse, lse_low): at logits of 1e4 one float of lse would make every probability wrong in its fourth digit.
+//
+// Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018).
+#pragma once
+
+#include "args.h"
+#include "simd/math.h"
+
+namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
+
+constexpr float kInfinity = __builtin_inff();
+constexpr float kNaN = __builtin_nanf("");
+
+// Calls f with a value of the C++ type that stands for a float dtype.
+template <class F>
+static void with_float(DType dtype, F f) {
+  if (dtype == DType::kBFloat16) return f(bfloat16{});
+  if (dtype == DType::kFloat16) return f(float16{});
+  f(float{});
+}
+
+// softcap * tanh(x / softcap); none where softcap is 0.
+struct Cap {
+  float softcap, inverse;
+
+  explicit Cap(float c) : softcap(c), inverse(c > 0.0f ? 1.0f / c : 0.0f) {}
+  bool active() const { return softcap > 0.0f; }
+  float operator()(float x) const { return active() ? softcap * tanh(x * inverse) : x; }
+};
+
+// Where exponents are taken from: the largest z, or 0 for a row of nothing but infinities.
+static inline float origin_of(float largest_z) {
+  return (largest_z == kInfinity || largest_z == -kInfinity) ? 0.0f : largest_z;
+}
+
+// The factor of a sum of exponentials whose origin moves. A sum whose largest z is -inf is 0 (or NaN) and
+// stays so.
+static inline float rescale(float largest_z, float old_origin, float new_origin) {
+  const float factor = exp(old_origin - new_origin);
+  return largest_z == -kInfinity ? 1.0f : factor;
+}
+
+struct Statistics {
+  float best = -kInfinity;  // largest x (not z: tanh makes large logits equal)
+  int64_t argmax = 0;       // its lowest column
+  float origin = 0.0f;      // origin_of(cap(best))
+  double sum = 0.0;         // sum of exp(z - origin)
+  double weight = 0.0;      // sum of class weights, and
+  double deviation = 0.0;   // sum of w (z - origin): kept for label smoothing only
+
+  // Takes in the statistics of later columns.
+  void merge(const Statistics& later, const Cap& cap) {
+    const float largest = cap(best), later_largest = cap(later.best);
+    if (later.best > best) {
+      best = later.best;
+      argmax = later.argmax;
+    }
+    const float moved = origin_of(cap(best));
+    sum = sum * rescale(largest, origin, moved) + later.sum * rescale(later_largest, later.origin, moved);
+    deviation += weight * (static_cast<double>(origin) - moved) + later.deviation +
+                 later.weight * (static_cast<double>(later.origin) - moved);
+    weight += later.weight;
+    origin = moved;
+  }
+};
+
+// Class weights and label smoothing of a call.
+struct Classes {
+  const float* data;
+  int64_t stride, V, ignore_index;
+  float smoothing;
+  double weight_sum;
+
+  template <class Args>
+  Classes(const Args& a, int64_t vocabulary)
+      : data(a.class_weight.defined ? static_cast<const float*>(a.class_weight.data) : nullptr),
+        stride(a.class_weight.stride[0]),
+        V(vocabulary),
+        ignore_index(a.ignore_index),
+        smoothing(a.label_smoothing),
+        weight_sum(0.0) {
+    if (data == nullptr) weight_sum = static_cast<double>(V);
+    for (int64_t v = 0; data != nullptr && v < V; ++v) weight_sum += data[v * stride];
+  }
+
+  float weight(int64_t v) const { return data == nullptr ? 1.0f : data[v * stride]; }
+  bool ignored(int64_t label) const { return label == ignore_index; }
+  bool counted(int64_t label) const { return label != ignore_index && label >= 0 && label < V; }
+
+  // Weights of columns [first, first + count) for sums over the classes; returns their sum.
+  double copy(int64_t first, int64_t count, float* to) const {
+    double sum = 0.0;
+    for (int64_t j = 0; j < count; ++j) {
+      to[j] = weight(first + j);
+      sum += to[j];
+    }
+    return sum;
+  }
+};
+
+// One element of a (N) tensor.
+template <class T>
+static inline T& at(const View& view, int64_t i) {
+  return static_cast<T*>(view.data)[i * view.stride[0]];
+}
+
+template <class Args>
+static void write_row(const Args& a, int64_t row, float nll, float lse, float lse_low, int64_t argmax) {
+  at<float>(a.nll, row) = nll;
+  at<float>(a.lse, row) = lse;
+  at<float>(a.lse_low, row) = lse_low;
+  at<int64_t>(a.argmax, row) = argmax;
+}
+
+// A row that is not counted: zeros where it is ignored, NaN where its label is none. Its logits are not
+// looked at.
+template <class Args>
+static void write_uncounted_row(const Args& a, const Classes& classes, int64_t row) {
+  const float value = classes.ignored(at<int64_t>(a.target, row)) ? 0.0f : kNaN;
+  write_row(a, row, value, value, 0.0f, -1);
+}
+
+// A counted row, from the statistics of all its columns and its label's z.
+template <class Args>
+static void write_counted_row(const Args& a, const Classes& classes, int64_t row, const Statistics& s,
+                              float target_z) {
+  const double eps = classes.smoothing;
+  const double log_sum = __builtin_log(s.sum);
+  const double exact_lse = s.origin + log_sum;
+  const float lse = static_cast<float>(exact_lse);
+  const float w = classes.weight(at<int64_t>(a.target, row));
+  double nll = (1.0 - eps) * w * ((static_cast<double>(s.origin) - target_z) + log_sum);
+  if (eps > 0.0) nll += eps / static_cast<double>(classes.V) * (classes.weight_sum * log_sum - s.deviation);
+  write_row(a, row, static_cast<float>(nll), lse, static_cast<float>(exact_lse - lse), s.argmax);
+}
+
+// dz_j = p * p_j - target * [j = y] - all * w_j
+struct Slopes {
+  float p, target, all;
+
+  template <class Args>
+  Slopes(const Args& a, const Classes& classes, int64_t row) {
+    const double grad_nll = at<float>(a.grad_nll, row), eps = classes.smoothing;
+    const double of_target = grad_nll * (1.0 - eps) * classes.weight(at<int64_t>(a.target, row));
+    const double of_all = eps > 0.0 ? grad_nll * eps / static_cast<double>(classes.V) : 0.0;
+    target = static_cast<float>(of_target);
+    all = static_cast<float>(of_all);
+    p = static_cast<float>(of_target + (eps > 0.0 ? of_all * classes.weight_sum : 0.0) +
+                           at<float>(a.grad_lse, row));
+  }
+};
+
+}  // namespace gpt4v_fast::GPT4V_FAST_ISA::loss
