@@ -19,6 +19,8 @@ from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention
 from gpt4v_fast.ops.attention_kvcache import attention_kvcache
 from gpt4v_fast.ops.attention_varlen import attention_varlen
+from gpt4v_fast.ops.patch_embed import patch_embed
+from gpt4v_fast.ops.patch_embed_packed import patch_embed_packed
 
 __version__ = "0.1.0"
 
@@ -41,6 +43,8 @@ __all__ = [
     "attention_varlen",
     "explain",
     "force",
+    "patch_embed",
+    "patch_embed_packed",
     "strict",
     *_MODEL_NAMES,
 ]

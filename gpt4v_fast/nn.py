@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention
+from gpt4v_fast.ops.patch_embed import patch_embed
 
 
 class Attention(nn.Module):
@@ -64,3 +67,73 @@ class Attention(nn.Module):
         out = attention(q, k, v, mask=mask, dropout_p=dropout_p, softcap=self.softcap)
         assert isinstance(out, torch.Tensor)  # for the type checker: no lse was asked for
         return self.out_proj(out.transpose(1, 2).flatten(2))
+
+
+class PatchEmbed(nn.Module):
+    """Images (B, C, H, W), or video (B, C, frames, H, W), to tokens (B, N, E), normalisation and positions included.
+
+    weight and bias have the names, shapes and initial values of nn.Conv2d's (nn.Conv3d's), so its checkpoints load.
+
+    Args:
+        in_channels: C.
+        embed_dim: E.
+        patch_size: P, (Ph, Pw), or (Pt, Ph, Pw) for video.
+        grid: (rows, columns), or (frames, rows, columns), of patches: gives a learned pos_embed (N, E); None: no pos_embed.
+        bias: give the projection a bias.
+        mean, std, rescale: as for `gpt4v_fast.patch_embed`; uint8 images need no other preparation.
+
+    Raises:
+        ValueError: a patch_size or grid of a wrong length, or not positive.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        embed_dim: int,
+        patch_size: int | tuple[int, ...],
+        grid: tuple[int, ...] | None = None,
+        *,
+        bias: bool = True,
+        mean: float | tuple[float, ...] | None = None,
+        std: float | tuple[float, ...] | None = None,
+        rescale: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
+        if len(patch) not in (2, 3) or min(patch) < 1:
+            raise ValueError(f"patch_size: expected P, (Ph, Pw) or (Pt, Ph, Pw), each at least 1, got {patch_size}")
+        if grid is not None and (len(grid) != len(patch) or min(grid) < 1):
+            raise ValueError(f"grid: expected {len(patch)} numbers, each at least 1, got {grid}")
+        self.patch_size, self.mean, self.std, self.rescale = patch, mean, std, rescale
+        options = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(embed_dim, in_channels, *patch, **options))
+        self.bias = nn.Parameter(torch.empty(embed_dim, **options)) if bias else None
+        table = None if grid is None else torch.empty(math.prod(grid), embed_dim, **options)
+        self.pos_embed = None if table is None else nn.Parameter(table)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Convolution weights as torch does, positions from a normal distribution of standard deviation 0.02."""
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        if self.bias is not None:
+            bound = self.weight[0].numel() ** -0.5
+            nn.init.uniform_(self.bias, -bound, bound)
+        if self.pos_embed is not None:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+
+    def extra_repr(self) -> str:
+        embed_dim, in_channels = self.weight.shape[:2]
+        return f"{in_channels}, {embed_dim}, patch_size={self.patch_size}, mean={self.mean}, std={self.std}"
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return patch_embed(
+            pixels,
+            self.weight,
+            bias=self.bias,
+            mean=self.mean,
+            std=self.std,
+            rescale=self.rescale,
+            pos_embed=self.pos_embed,
+        )

@@ -8,6 +8,7 @@ silently (see backends.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -294,3 +295,87 @@ def _multiply_32(a: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low = (a & 0xFFFF) * x  # below 2^48
     high = (a >> 16) * x + (low >> 16)  # below 2^49
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def patch_embed(
+    pixels: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    mean: float | Sequence[float] | torch.Tensor | None = None,
+    std: float | Sequence[float] | torch.Tensor | None = None,
+    rescale: float | None = None,
+    pos_embed: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """patches((pixels * rescale - mean) / std) weight^T + bias + pos_embed; arguments as `gpt4v_fast.patch_embed`."""
+    if rescale is None:
+        rescale = 1.0 if pixels.is_floating_point() else 1 / 255
+    dtype = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), pixels.dtype)
+    per_channel = (-1, *[1] * (pixels.dim() - 2))
+    mean, std = (
+        torch.as_tensor(default if value is None else value, dtype=dtype, device=pixels.device).reshape(per_channel)
+        for value, default in ((mean, 0.0), (std, 1.0))
+    )
+    normalised = (pixels.to(dtype) * rescale - mean) / std
+    return patch_tokens(normalised, weight, bias, pos_embed).to(weight.dtype if out_dtype is None else out_dtype)
+
+
+def patch_tokens(
+    normalised: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, pos_embed: torch.Tensor | None
+) -> torch.Tensor:
+    """The unfolded patches of (B, C, [frames,] H, W) times weight (E, C, [Pt,] P, P), plus bias and pos_embed."""
+    if normalised.dim() == 4:
+        normalised, weight = normalised.unsqueeze(2), weight.unsqueeze(2)
+    tokens = unfold_patches(normalised.to(weight.dtype), weight.shape[2:]) @ weight.flatten(1).T
+    for term in (bias, pos_embed):
+        tokens = tokens if term is None else tokens + term
+    return tokens
+
+
+def unfold_patches(pixels: torch.Tensor, patch: Sequence[int]) -> torch.Tensor:
+    """(B, C, frames, H, W) as (B, N, C Pt Ph Pw): the non-overlapping patches, row by row."""
+    B, C, *sizes = pixels.shape
+    grid = [size // side for size, side in zip(sizes, patch, strict=True)]
+    split = [number for pair in zip(grid, patch, strict=True) for number in pair]
+    patches = pixels.reshape(B, C, *split).permute(0, 2, 4, 6, 1, 3, 5, 7)
+    return patches.reshape(B, math.prod(grid), C * math.prod(patch))
+
+
+def patch_embed_packed(
+    images: Sequence[torch.Tensor],
+    weight: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    mean: float | Sequence[float] | torch.Tensor | None = None,
+    std: float | Sequence[float] | torch.Tensor | None = None,
+    rescale: float | None = None,
+    pos_embed: torch.Tensor | None = None,
+    pos_grid: int | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`patch_embed` image by image, joined; arguments and results as `gpt4v_fast.patch_embed_packed`."""
+    tokens, positions = [weight.new_empty(0, weight.shape[0])], [torch.empty(0, 2, dtype=torch.int64)]
+    for image in images:
+        rows, columns = image.shape[1] // weight.shape[2], image.shape[2] // weight.shape[3]
+        pos = pos_embed
+        if pos is not None:
+            side = math.isqrt(pos.shape[-2]) if pos_grid is None else pos_grid
+            pos = resize_positions(pos.reshape(-1, pos.shape[-1]), side, rows, columns)
+        options = {"bias": bias, "mean": mean, "std": std, "rescale": rescale, "pos_embed": pos}
+        tokens.append(patch_embed(image[None], weight, **options)[0])
+        positions.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2))
+    lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int32, device=weight.device)
+    joined = torch.cat(tokens).to(weight.dtype if out_dtype is None else out_dtype)
+    return joined, lengths.cumsum(0, dtype=torch.int32), torch.cat(positions).to(weight.device)
+
+
+def resize_positions(pos_embed: torch.Tensor, side: int, rows: int, columns: int) -> torch.Tensor:
+    """A position table (side * side, E) for another grid, (rows * columns, E), bicubically as in transformers' ViT."""
+    if (rows, columns) == (side, side):
+        return pos_embed
+    if rows == 0 or columns == 0:
+        return pos_embed[:0]
+    grid = pos_embed.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
+    return grid.permute(0, 2, 3, 1).reshape(rows * columns, -1)
