@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -379,3 +380,89 @@ def resize_positions(pos_embed: torch.Tensor, side: int, rows: int, columns: int
     grid = pos_embed.reshape(1, side, side, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
     return grid.permute(0, 2, 3, 1).reshape(rows * columns, -1)
+
+
+class LossStats(NamedTuple):
+    """What a loss knows of each token besides itself: lse, argmax and correct have the target's shape."""
+
+    lse: torch.Tensor  # log sum exp of the (capped) logits; 0 where ignored
+    argmax: torch.Tensor  # int64, the lowest index of the largest logit; -1 where ignored
+    correct: torch.Tensor  # bool: argmax is the label; False where ignored
+    z_loss: torch.Tensor  # the part of the loss that z_loss added, reduced as the loss is
+
+
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    weight: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
+    """F.cross_entropy of the capped logits, plus z_loss * lse^2; arguments as `gpt4v_fast.cross_entropy`."""
+    rows, labels = logits.reshape(target.numel(), logits.shape[-1]), target.reshape(-1)
+    nll, lse, argmax = cross_entropy_core(rows, labels, weight, ignore_index, label_smoothing, softcap)
+    counted = labels != ignore_index
+    penalty = z_loss * lse.square()
+    if reduction == "none":
+        loss, penalty = (nll + penalty).reshape(target.shape), penalty.reshape(target.shape)
+    else:
+        penalty = penalty.sum() if reduction == "sum" else penalty.sum() / counted.sum()
+        options = {"weight": None if weight is None else weight.to(rows.dtype), "ignore_index": ignore_index}
+        capped = softcap * torch.tanh(rows / softcap) if softcap else rows
+        loss = penalty + torch.nn.functional.cross_entropy(
+            capped, labels, reduction=reduction, label_smoothing=label_smoothing, **options
+        )
+    if not return_stats:
+        return loss
+    correct = counted & (argmax == labels)
+    shaped = (x.reshape(target.shape) for x in (lse, argmax, correct))
+    return loss, LossStats(*shaped, penalty.detach())
+
+
+def cross_entropy_core(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(nll, lse, argmax) of each row of logits (N, V): 0, 0, -1 where ignored; NaN, NaN, -1 where the label is none."""
+    counted = target != ignore_index
+    bad = counted & ((target < 0) | (target >= logits.shape[1]))
+    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    nll = torch.nn.functional.cross_entropy(
+        z,
+        torch.where(counted & ~bad, target, -1),
+        None if class_weight is None else class_weight.to(z.dtype),
+        ignore_index=-1,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    factor = torch.ones_like(nll).masked_fill(bad, math.nan)  # a product, so that the gradient is NaN too
+    lse = torch.where(counted, torch.logsumexp(z, dim=1), 0.0)
+    return nll * factor, lse * factor, torch.where(counted & ~bad, logits.argmax(dim=1), -1)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    shift: int = 0,
+    ignore_index: int = -100,
+    **options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
+    """`cross_entropy` of hidden @ weight^T + bias; arguments as `gpt4v_fast.linear_cross_entropy`."""
+    logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+    if shift:
+        last = target.new_full((*target.shape[:-1], min(shift, target.shape[-1])), ignore_index)
+        target = torch.cat([target[..., shift:], last], dim=-1)
+    return cross_entropy(logits, target, weight=class_weight, ignore_index=ignore_index, **options)
