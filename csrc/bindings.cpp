@@ -266,6 +266,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of gpt4v_fast. Tensors are (data_ptr, dtype code, sizes, strides in elements) or None.";
 
   m.def("isa", [] { return gpt4v_fast::kernels().isa; });
+  m.def("built_isas", &gpt4v_fast::built_isas);
   m.def("available_isas", &gpt4v_fast::available_isas);
   m.def("select_isa", &gpt4v_fast::select_isa, py::arg("name"));
 

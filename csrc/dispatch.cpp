@@ -58,6 +58,12 @@ std::atomic<const Kernels*> selected{nullptr};
 
 }  // namespace
 
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& candidate : candidates()) names.push_back(candidate.table().isa);
+  return names;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Candidate& candidate : candidates())

@@ -29,6 +29,9 @@ struct Kernels {
   double (*peak_read)(const float* data, int64_t count, int threads, double seconds);
 };
 
+// The ISAs this binary holds, slowest first.
+std::vector<std::string> built_isas();
+
 // The ISAs this binary holds and this processor runs, slowest first.
 std::vector<std::string> available_isas();
 
