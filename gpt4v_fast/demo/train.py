@@ -32,8 +32,8 @@ class Plan:
     cosine."""
 
     preset: str = "tiny"
-    vocab: int = 640
-    steps: int = 1200
+    vocab: int = 640  # the size of the tokenizer; all words of the demo's text fit
+    steps: int = 700
     batch: int = 64
     learning_rate: float = 2e-3
     warmup: int = 60

@@ -50,28 +50,12 @@ class GPT4VTokenizer(PreTrainedTokenizerFast):
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
     padding_side = "left"
 
-    def __init__(
-        self,
-        *args: Any,
-        bos_token: str = END,
-        eos_token: str = END,
-        pad_token: str = PAD,
-        image_token: str = IMAGE,
-        chat_template: str | None = CHAT_TEMPLATE,
-        clean_up_tokenization_spaces: bool = False,
-        **kwargs: Any,
-    ):
-        super().__init__(
-            *args,
-            bos_token=bos_token,
-            eos_token=eos_token,
-            pad_token=pad_token,
-            chat_template=chat_template,
-            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
-            **kwargs,
-        )
-        self.image_token = image_token
-        self.image_token_id = self.convert_tokens_to_ids(image_token)
+    # No __init__ here: transformers would then rebuild the backend from the vocabulary alone.
+    image_token = IMAGE
+
+    @property
+    def image_token_id(self) -> int:
+        return self.convert_tokens_to_ids(self.image_token)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> GPT4VTokenizer:
@@ -110,9 +94,16 @@ class GPT4VTokenizer(PreTrainedTokenizerFast):
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        return cls(
-            tokenizer_object=tokenizer, extra_special_tokens=[USER, IMAGE, ASSISTANT, SYSTEM], **kwargs
-        )
+        settings = {
+            "bos_token": END,
+            "eos_token": END,
+            "pad_token": PAD,
+            "extra_special_tokens": [USER, IMAGE, ASSISTANT, SYSTEM],
+            "chat_template": CHAT_TEMPLATE,
+            "clean_up_tokenization_spaces": False,
+            "padding_side": "left",
+        }
+        return cls(tokenizer_object=tokenizer, **{**settings, **kwargs})
 
 
 __all__ = ["GPT4VTokenizer"]
