@@ -112,7 +112,8 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
       classes.copy(first, count, w);
       for (int64_t j = 0; j < count; ++j) x[j] -= slopes.all * w[j];
     }
-    if (label >= first && label < first + count) x[label - first] -= slopes.target;
+    if (label >= first && label < first + count)
+      x[label - first] = slopes.label(exp((z[label - first] - lse) - lse_low));
     if (cap.active())
       for (int64_t j = 0; j < count; ++j) x[j] *= 1.0f - (z[j] * cap.inverse) * (z[j] * cap.inverse);
     T* to = gradient + first * out_stride;

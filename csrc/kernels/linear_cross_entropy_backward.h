@@ -21,42 +21,43 @@ constexpr int64_t kHiddenSumBytes = 16 << 20;
 
 // What a gradient tile needs of its tokens, lane by lane.
 struct TokenSlopes {
-  float p[kCols], target[kCols], all[kCols], lse[kCols], lse_low[kCols];
-  int64_t label[kCols];
+  float p[kCols], all[kCols], lse[kCols], lse_low[kCols];
+  int64_t row[kCols], label[kCols];  // row -1 and label -1 in unused lanes
 
   void load(const LinearCrossEntropyArgs& a, const Classes& classes, const int64_t* rows, int64_t count) {
     for (int c = 0; c < kCols; ++c) {
-      p[c] = target[c] = all[c] = lse[c] = lse_low[c] = 0.0f;
-      label[c] = -1;
+      p[c] = all[c] = lse[c] = lse_low[c] = 0.0f;
+      row[c] = label[c] = -1;
       if (c >= count) continue;
       const Slopes slopes(a, classes, rows[c]);
-      p[c] = slopes.p, target[c] = slopes.target, all[c] = slopes.all;
+      p[c] = slopes.p, all[c] = slopes.all;
       lse[c] = at<float>(a.lse, rows[c]), lse_low[c] = at<float>(a.lse_low, rows[c]);
-      label[c] = at<int64_t>(a.target, rows[c]);
+      row[c] = rows[c], label[c] = at<int64_t>(a.target, rows[c]);
     }
   }
 
   // gradient[r * stride + c] of the logits in the tile, which it uses up.
-  void gradient(float* tile, const WeightTile& rows, const Cap& cap, bool smoothing, float* gradient,
-                int64_t stride) const {
-    int32_t label_row[kCols];
-    for (int c = 0; c < kCols; ++c) {
-      const int64_t r = label[c] - rows.first;
-      label_row[c] = r >= 0 && r < rows.count ? static_cast<int32_t>(r) : -1;
-    }
-    for (int64_t r = 0; r < rows.count; ++r) {
+  void gradient(const LinearCrossEntropyArgs& a, const Classes& classes, const Cap& cap, const WeightTile& weight,
+                float* tile, float* gradient, int64_t stride) const {
+    for (int64_t r = 0; r < weight.count; ++r) {
       float* z = tile + r * kCols;
       float* to = gradient + r * stride;
-      const float w = smoothing ? rows.class_weight[r] : 0.0f;
-      const int32_t row = static_cast<int32_t>(r);
+      const float w = classes.smoothing > 0.0f ? weight.class_weight[r] : 0.0f;
       if (cap.active())
         for (int c = 0; c < kCols; ++c) z[c] = cap.softcap * tanh(z[c] * cap.inverse);
-      for (int c = 0; c < kCols; ++c)
-        to[c] =
-            p[c] * exp((z[c] - lse[c]) - lse_low[c]) - all[c] * w - (label_row[c] == row ? target[c] : 0.0f);
-      if (cap.active())
-        for (int c = 0; c < kCols; ++c) to[c] *= 1.0f - (z[c] * cap.inverse) * (z[c] * cap.inverse);
+      for (int c = 0; c < kCols; ++c) to[c] = p[c] * exp((z[c] - lse[c]) - lse_low[c]) - all[c] * w;
     }
+    for (int c = 0; c < kCols; ++c) {
+      const int64_t r = label[c] - weight.first;
+      if (r < 0 || r >= weight.count) continue;
+      const float probability = exp((tile[r * kCols + c] - lse[c]) - lse_low[c]);
+      gradient[r * stride + c] = Slopes(a, classes, row[c]).label(probability);
+    }
+    for (int64_t r = 0; cap.active() && r < weight.count; ++r)
+      for (int c = 0; c < kCols; ++c) {
+        const float t = tile[r * kCols + c] * cap.inverse;
+        gradient[r * stride + c] *= 1.0f - t * t;
+      }
   }
 };
 
@@ -188,8 +189,7 @@ class LinearBackward {
       for (int64_t s = first_strip; s < min_of(first_strip + kTaskStrips, strips); ++s) {
         alignas(64) float tile[kTileRows * kCols];
         tile_weight.logits(token_lanes.get() + s * E * kCols, E, tile);
-        slopes[s].gradient(tile, tile_weight, cap, classes.smoothing > 0.0f,
-                           gradient.get() + first * chunk + s * kCols, chunk);
+        slopes[s].gradient(a, classes, cap, tile_weight, tile, gradient.get() + first * chunk + s * kCols, chunk);
       }
     }
   }

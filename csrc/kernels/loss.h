@@ -143,19 +143,28 @@ static void write_counted_row(const Args& a, const Classes& classes, int64_t row
   write_row(a, row, static_cast<float>(nll), lse, static_cast<float>(exact_lse - lse), s.argmax);
 }
 
-// dz_j = p * p_j - target * [j = y] - all * w_j
+// dz_j = p * p_j - all * w_j for every column but the label's.
 struct Slopes {
-  float p, target, all;
+  float p, all;
+  double target, of_lse, weight_sum, target_weight;
 
   template <class Args>
-  Slopes(const Args& a, const Classes& classes, int64_t row) {
+  Slopes(const Args& a, const Classes& classes, int64_t row)
+      : weight_sum(classes.smoothing > 0.0f ? classes.weight_sum : 0.0),
+        target_weight(classes.weight(at<int64_t>(a.target, row))) {
     const double grad_nll = at<float>(a.grad_nll, row), eps = classes.smoothing;
-    const double of_target = grad_nll * (1.0 - eps) * classes.weight(at<int64_t>(a.target, row));
-    const double of_all = eps > 0.0 ? grad_nll * eps / static_cast<double>(classes.V) : 0.0;
-    target = static_cast<float>(of_target);
-    all = static_cast<float>(of_all);
-    p = static_cast<float>(of_target + (eps > 0.0 ? of_all * classes.weight_sum : 0.0) +
-                           at<float>(a.grad_lse, row));
+    const double each = eps > 0.0 ? grad_nll * eps / static_cast<double>(classes.V) : 0.0;
+    target = grad_nll * (1.0 - eps) * target_weight;
+    of_lse = at<float>(a.grad_lse, row);
+    all = static_cast<float>(each);
+    p = static_cast<float>(target + each * weight_sum + of_lse);
+  }
+
+  // dz of the label, whose parts would cancel in fp32 where its probability is near 1.
+  float label(float probability) const {
+    const double q = probability;
+    const double smoothed = weight_sum > 0.0 ? all * (weight_sum * q - target_weight) : 0.0;
+    return static_cast<float>(target * (q - 1.0) + of_lse * q + smoothed);
   }
 };
 
