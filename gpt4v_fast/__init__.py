@@ -19,8 +19,12 @@ from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention
 from gpt4v_fast.ops.attention_kvcache import attention_kvcache
 from gpt4v_fast.ops.attention_varlen import attention_varlen
+from gpt4v_fast.ops.cross_entropy import cross_entropy
+from gpt4v_fast.ops.labels import check_labels
+from gpt4v_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt4v_fast.ops.patch_embed import patch_embed
 from gpt4v_fast.ops.patch_embed_packed import patch_embed_packed
+from gpt4v_fast.reference import LossStats
 
 __version__ = "0.1.0"
 
@@ -37,12 +41,16 @@ _SUBMODULES = ("models", "nn", "reference")
 
 __all__ = [
     "FallbackError",
+    "LossStats",
     "Mask",
     "attention",
     "attention_kvcache",
     "attention_varlen",
+    "check_labels",
+    "cross_entropy",
     "explain",
     "force",
+    "linear_cross_entropy",
     "patch_embed",
     "patch_embed_packed",
     "strict",

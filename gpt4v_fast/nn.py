@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
 from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention
+from gpt4v_fast.ops.cross_entropy import cross_entropy
+from gpt4v_fast.ops.linear_cross_entropy import linear_cross_entropy
 from gpt4v_fast.ops.patch_embed import patch_embed
+from gpt4v_fast.reference import LossStats
 
 
 class Attention(nn.Module):
@@ -137,3 +141,107 @@ class PatchEmbed(nn.Module):
             rescale=self.rescale,
             pos_embed=self.pos_embed,
         )
+
+
+class CrossEntropyLoss(nn.Module):
+    """`gpt4v_fast.cross_entropy` as a module: logits (..., V), target (...) -> loss.
+
+    Takes the place of torch.nn.CrossEntropyLoss, with the classes last (torch has them second) and an fp32
+    loss.
+
+    Args:
+        weight: (V,), class weights, or None; kept as a buffer.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, return_stats: as for
+            `gpt4v_fast.cross_entropy`.
+    """
+
+    weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        return_stats: bool = False,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "return_stats": return_stats,
+        }
+
+    def forward(
+        self, logits: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
+        return cross_entropy(logits, target, weight=self.weight, **self.options)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """A linear layer to V classes and its `gpt4v_fast.linear_cross_entropy`: hidden (..., E), target (...).
+
+    Parameters have the names of torch.nn.LinearCrossEntropyLoss (linear.weight, linear.bias). To tie the
+    layer to an embedding, assign it: `loss.linear.weight = embedding.weight`.
+
+    Args:
+        in_features: E.
+        num_classes: V.
+        bias: give the layer a bias.
+        weight: (V,), class weights, or None; kept as a buffer.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, shift, return_stats: as for
+            `gpt4v_fast.linear_cross_entropy`.
+    """
+
+    weight: torch.Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = False,
+        reduction: str = "mean",
+        weight: torch.Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        shift: int = 0,
+        return_stats: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.register_buffer("weight", weight)
+        self.options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "shift": shift,
+            "return_stats": return_stats,
+        }
+
+    def forward(
+        self, hidden: torch.Tensor, target: torch.Tensor
+    ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
+        weight, bias = self.linear.weight, self.linear.bias
+        return linear_cross_entropy(
+            hidden, weight, target, bias=bias, class_weight=self.weight, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -412,16 +412,19 @@ def cross_entropy(
         loss, penalty = (nll + penalty).reshape(target.shape), penalty.reshape(target.shape)
     else:
         penalty = penalty.sum() if reduction == "sum" else penalty.sum() / counted.sum()
-        options = {"weight": None if weight is None else weight.to(rows.dtype), "ignore_index": ignore_index}
-        capped = softcap * torch.tanh(rows / softcap) if softcap else rows
         loss = penalty + torch.nn.functional.cross_entropy(
-            capped, labels, reduction=reduction, label_smoothing=label_smoothing, **options
+            softcap * torch.tanh(rows / softcap) if softcap else rows,
+            labels,
+            None if weight is None else weight.to(rows.dtype),
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
         )
     if not return_stats:
         return loss
     correct = counted & (argmax == labels)
-    shaped = (x.reshape(target.shape) for x in (lse, argmax, correct))
-    return loss, LossStats(*shaped, penalty.detach())
+    lse, argmax, correct = (x.reshape(target.shape) for x in (lse, argmax, correct))
+    return loss, LossStats(lse, argmax, correct, penalty.detach())
 
 
 def cross_entropy_core(
@@ -432,7 +435,7 @@ def cross_entropy_core(
     label_smoothing: float,
     softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(nll, lse, argmax) of each row of logits (N, V): 0, 0, -1 where ignored; NaN, NaN, -1 where the label is none."""
+    """(nll, lse, argmax) of each row of logits (N, V): 0, 0, -1 where ignored; NaN, NaN, -1 where bad."""
     counted = target != ignore_index
     bad = counted & ((target < 0) | (target >= logits.shape[1]))
     z = softcap * torch.tanh(logits / softcap) if softcap else logits

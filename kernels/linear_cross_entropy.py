@@ -1,10 +1,12 @@
-"""Linear cross-entropy on a GPU: chunks of tokens, each two or three large products around the cross-entropy kernels.
+"""Linear cross-entropy on a GPU: chunks of tokens, large products around the cross-entropy kernels.
 
-The fp32 logits of one chunk, at most CHUNK_BYTES, are all that is ever there of them; backward computes them again and
-turns them into their gradient in place. 8 N V E flops forward and backward beyond the 2 N V E of the loss itself.
+The fp32 logits of one chunk, at most CHUNK_BYTES, are all that is ever there of them; backward computes them
+again and turns them into their gradient in place. 8 N V E flops forward and backward beyond the 2 N V E of
+the loss itself.
 
-Tokens whose label is ignored take part in the products: to drop them one would have to wait for the device to count them.
-grad_weight is summed over the chunks in fp32, which for 16-bit weights costs a (V, E) fp32 tensor.
+Tokens whose label is ignored take part in the products: to drop them one would have to wait for the device to
+count them. grad_weight is summed over the chunks in fp32, which for 16-bit weights costs a (V, E) fp32
+tensor.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def _chunks(N: int, V: int) -> list[slice]:
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b summed and returned in fp32: 16-bit operands on tensor cores on a GPU, widened where they are interpreted."""
+    """a @ b, summed and returned in fp32; 16-bit operands as they are on a GPU, widened elsewhere."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -71,7 +73,8 @@ def linear_cross_entropy_backward(
     of_bias: bool,
     **options: Any,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """The gradients of hidden (its dtype), weight (fp32 sums) and bias (fp32 sums); None for one that is not asked for."""
+    """The gradients of hidden (its dtype), weight (fp32 sums) and bias (fp32 sums); None for one that is not
+    asked for."""
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
     grad_bias = torch.zeros_like(bias, dtype=torch.float32) if of_bias and bias is not None else None

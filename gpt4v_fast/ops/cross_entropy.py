@@ -49,8 +49,9 @@ def cross_entropy(
         nll = (1 - eps) w_y (lse - z_y) + eps / V sum_j w_j (lse - z_j)
         loss = nll + z_loss lse^2 for each counted token, 0 for an ignored one
 
-    "mean" divides the sum of nll by the sum of the counted labels' weights (F.cross_entropy's rule) and the z part by the
-    number of counted tokens; with none counted it is NaN and its gradients are zero. Statistics are fp32.
+    "mean" divides the sum of nll by the sum of the counted labels' weights (F.cross_entropy's rule) and the z
+    part by the number of counted tokens; with none counted it is NaN and its gradients are zero. Statistics
+    are fp32.
 
     Args:
         logits: (..., V), fp32, bf16 or fp16, any strides.
@@ -68,16 +69,16 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device; the message names it.
-        IndexError: a label outside [0, V) that is not ignore_index, with its place; on a GPU the loss and the gradients of
-            that row are NaN instead, and `check_labels` raises.
+        IndexError: a label outside [0, V) that is not ignore_index, with its place; on a GPU the loss and the
+            gradients of that row are NaN instead, and `check_labels` raises.
         FallbackError: in strict mode, when no fast kernel takes the call.
 
-    Source: Milakov and Gimelshein (2018) for the online softmax; arguments as torch.nn.functional.cross_entropy.
+    Source: Milakov and Gimelshein (2018) for the online softmax; PyTorch's F.cross_entropy for the arguments.
     """
     arguments = prepare(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
-    rows, target, *options = arguments
+    options = LossOptions(*arguments[2:])
     nll, lse, argmax, _ = _cross_entropy_op(*arguments)
-    return reduce_loss(nll, lse, argmax, target, LossOptions(*options), reduction, z_loss, return_stats)
+    return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats)
 
 
 def prepare(
@@ -97,7 +98,9 @@ def prepare(
         raise ValueError(f"logits: expected shape (..., V) with V at least 1, got {tuple(logits.shape)}")
     V = logits.shape[-1]
     labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
-    options = check_options("weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap)
+    options = check_options(
+        "weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap
+    )
     return logits.reshape(target.numel(), V), target, *options
 
 
@@ -143,7 +146,8 @@ def reduce_loss(
 ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
     """The loss, and its statistics if asked, from the rows' nll and lse; target has the shape of the tokens.
 
-    Sums are taken in fp64: their order, which torch lets depend on the number of threads, is then lost in rounding.
+    Sums are taken in fp64: their order, which torch lets depend on the number of threads, is then lost in
+    rounding.
     """
     counted = target != options.ignore_index
     penalty = z_loss * lse.square() if z_loss else None
@@ -154,7 +158,8 @@ def reduce_loss(
         penalty = None if penalty is None else penalty.sum(dtype=torch.float64)
     if reduction == "mean":
         tokens = counted.sum()
-        loss = loss / (tokens if options.class_weight is None else _total_weight(target, counted, options.class_weight))
+        weight = options.class_weight
+        loss = loss / (tokens if weight is None else _total_weight(target, counted, weight))
         penalty = None if penalty is None else penalty / tokens
     loss = (loss if penalty is None else loss + penalty).to(torch.float32)
     if not return_stats:
@@ -186,14 +191,16 @@ backends.register_explainer(cross_entropy, _request)
 
 
 def look_at_labels(target: torch.Tensor, V: int, ignore_index: int, backend: str, shift: int = 0) -> None:
-    """Raises for a bad label on a CPU; remembers it where the kernel runs on a GPU (or is interpreted as if)."""
+    """Raises for a bad label on a CPU; remembers it where a Triton kernel meets it."""
     if target.device.type == "cpu" and backend != "triton":
         labels.raise_if_bad(target, V, ignore_index, shift)
     else:
         labels.remember_bad(target, V, ignore_index)
 
 
-def row_tensors(rows: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_tensors(
+    rows: int, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty nll, lse, argmax and lse_low, as the ops return them."""
     nll, lse, lse_low = (like.new_empty(rows, dtype=torch.float32) for _ in range(3))
     return nll, lse, like.new_empty(rows, dtype=torch.int64), lse_low

@@ -1,7 +1,7 @@
 """Labels of the losses: their checks, their shift, and what is remembered of a bad one on a GPU.
 
-On a CPU a label that is none raises at once. On a GPU nobody waits for it: its row becomes NaN, the first such label is
-kept in a tensor on the device, and `check_labels` raises for it when asked.
+On a CPU a label that is none raises at once. On a GPU nobody waits for it: its row becomes NaN, the first
+such label is kept in a tensor on the device, and `check_labels` raises for it when asked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def check_target(target: object, shape: tuple[int, ...], source: str, like: torc
         raise TypeError(f"target: expected a torch.Tensor of labels, got {type(target).__name__}")
     if target.is_floating_point():
         raise TypeError(
-            f"target: expected integer labels, got {target.dtype}; class probabilities as targets are not supported"
+            f"target: expected integer labels, got {target.dtype}: class probabilities are not supported"
         )
     if target.dtype not in LABEL_DTYPES:
         raise TypeError(f"target: expected an integer dtype, got {target.dtype}")
@@ -39,11 +39,12 @@ def shifted(target: torch.Tensor, shift: int, ignore_index: int) -> torch.Tensor
 
 
 def are_bad(labels: torch.Tensor, V: int, ignore_index: int) -> torch.Tensor:
+    """Which labels are outside [0, V) and not ignore_index."""
     return ((labels < 0) | (labels >= V)) & (labels != ignore_index)
 
 
 def raise_if_bad(target: torch.Tensor, V: int, ignore_index: int, shift: int = 0) -> None:
-    """Raises IndexError for the first label outside [0, V) that is not ignore_index; `target` is shifted already."""
+    """Raises IndexError for the first bad label; `target` is shifted already."""
     bad = are_bad(target, V, ignore_index)
     if not bad.any():
         return
@@ -70,10 +71,11 @@ def remember_bad(target: torch.Tensor, V: int, ignore_index: int) -> None:
 
 
 def check_labels() -> None:
-    """Raises IndexError if a loss on a GPU has met a label that is none since the last check. Waits for the GPUs.
+    """Raises IndexError if a loss on a GPU has met a bad label since the last check. Waits for the GPUs.
 
-    Losses on a GPU do not wait to look at labels: a label outside [0, V) that is not ignore_index makes the loss and the
-    gradients of its row NaN, and is reported here. On a CPU they raise at once, and there is nothing to check.
+    Losses on a GPU do not wait to look at labels: a label outside [0, V) that is not ignore_index makes the
+    loss and the gradients of its row NaN, and is reported here. On a CPU they raise at once, and there is
+    nothing to check.
 
     Raises:
         IndexError: names the first such label and its place in the flattened target.

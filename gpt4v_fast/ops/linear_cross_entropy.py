@@ -1,4 +1,4 @@
-"""The projection to the vocabulary and its cross-entropy in one: the public function, its torch ops, the ways to a kernel.
+"""The projection to the vocabulary and its cross-entropy in one: the public function and its torch ops.
 
 user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
                                     -> _C.linear_cross_entropy_forward (csrc/kernels/linear_cross_entropy.h)
@@ -8,6 +8,7 @@ user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -47,35 +48,36 @@ def linear_cross_entropy(
 ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
     """`cross_entropy` of the logits hidden @ weight^T + bias, which are never written whole.
 
-    On a CPU the logits are fp32 whatever the inputs are, tokens whose label is ignore_index are dropped before any product,
-    and extra memory is at most 64 MiB beside the gradients for any N and V.
+    On a CPU the logits are fp32 whatever the inputs are, tokens whose label is ignore_index are dropped
+    before any product, and extra memory is at most 64 MiB beside the gradients for any N and V.
 
     Args:
-        hidden: (..., E), fp32, bf16 or fp16, any strides. Under autocast, hidden, weight and bias take its dtype.
+        hidden: (..., E), fp32, bf16 or fp16, any strides. Under autocast, hidden, weight and bias take its
+            dtype.
         weight: (V, E) in hidden's dtype.
         target: (...), integer labels in [0, V), or ignore_index.
         bias: (V,), any of these float dtypes.
         class_weight: (V,), weights of the classes; a constant, no gradient reaches it.
-        shift: position t predicts label t + shift along hidden's last but one dimension, without a copy of hidden; the last
-            `shift` positions do not count. 1 is a language model's loss.
-        ignore_index, reduction, label_smoothing, z_loss, softcap, return_stats: as for `cross_entropy`; position t of
-            the "none" loss and of the statistics is about the prediction that is made there.
+        shift: position t predicts label t + shift along hidden's last but one dimension, without a copy of
+            hidden; the last `shift` positions do not count. 1 is a language model's loss.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, return_stats: as for `cross_entropy`;
+            position t of the "none" loss and of the statistics is about the prediction that is made there.
 
     Returns:
-        The loss, fp32: a scalar, or target's shape for "none". With return_stats (loss, stats). Gradients reach hidden,
-        weight and bias.
+        The loss, fp32: a scalar, or target's shape for "none". With return_stats (loss, stats). Gradients
+        reach hidden, weight and bias.
 
     Raises:
         TypeError, ValueError, IndexError, FallbackError: as `cross_entropy`.
 
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024).
     """
-    arguments = prepare(
-        hidden, weight, target, bias, class_weight, ignore_index, reduction, label_smoothing, z_loss, softcap, shift
-    )
+    numbers = (ignore_index, reduction, label_smoothing, z_loss, softcap, shift)
+    arguments = prepare(hidden, weight, target, bias, class_weight, *numbers)
+    options = LossOptions(*arguments[4:8])
     nll, lse, argmax, _ = _linear_cross_entropy_op(*arguments)
     target = labels.shifted(target, shift, ignore_index)
-    return reduce_loss(nll, lse, argmax, target, LossOptions(*arguments[4:8]), reduction, z_loss, return_stats)
+    return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats)
 
 
 def prepare(
@@ -97,7 +99,7 @@ def prepare(
     checks.check_tensor("weight", weight, ndim=2)
     if bias is not None:
         checks.check_tensor("bias", bias)
-    hidden, weight, bias = library.autocast(hidden, weight, bias)
+    hidden, weight, bias = library.autocast(hidden, weight, bias)  # type: ignore[assignment]
     checks.check_like("weight", weight, "hidden", hidden)
     V, E = weight.shape
     if V == 0:
@@ -150,9 +152,11 @@ def _linear_cross_entropy(
     if backend == "triton":
         from gpt4v_fast.kernels import linear_cross_entropy as kernel
 
-        nll, lse, argmax = kernel.linear_cross_entropy_forward(hidden, weight, bias, rows, **triton_options(options))
+        nll, lse, argmax = kernel.linear_cross_entropy_forward(
+            hidden, weight, bias, rows, **triton_options(options)
+        )
     else:
-        nll, lse, argmax = _reference(hidden.float(), weight.float(), bias, rows, options)
+        nll, lse, argmax = _reference((hidden, weight, bias), rows, options)
     return nll, lse, argmax, torch.zeros_like(lse)
 
 
@@ -166,7 +170,7 @@ def _linear_cross_entropy_backward(
     lse: torch.Tensor,
     lse_low: torch.Tensor,
     *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     *loss_options, shift, of_hidden, of_weight, of_bias = rest
     options = LossOptions(*loss_options)
     backend = backends.pick(describe("linear_cross_entropy", hidden)).backend
@@ -192,30 +196,39 @@ def _linear_cross_entropy_backward(
             of_hidden=of_hidden, of_weight=of_weight, of_bias=of_bias, **triton_options(options),
         )  # fmt: skip
     else:
-        wanted = (of_hidden, of_weight, of_bias)
-        with torch.enable_grad():
-            inputs = (hidden, weight, bias)
-            leaves = [None if x is None else x.detach().float().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
-            outputs = _reference(*leaves, rows, options)[:2]
-            asked = [x for x in leaves if x is not None and x.requires_grad]
-            gradients = iter(torch.autograd.grad(outputs, asked, (grad_nll, grad_lse)) if asked else ())
-            grad_hidden, grad_weight, grad_bias = (
-                next(gradients) if x is not None and x.requires_grad else None for x in leaves
-            )
+        grad_hidden, grad_weight, grad_bias = _reference_gradients(
+            (hidden, weight, bias), (of_hidden, of_weight, of_bias), rows, options, (grad_nll, grad_lse)
+        )
     none = hidden.new_empty(0)
     pairs = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
     return tuple(none if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
 def _reference(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    inputs: Sequence[torch.Tensor | None], rows: torch.Tensor, options: LossOptions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden, weight, bias = (None if x is None else x.float() for x in inputs)
+    assert hidden is not None and weight is not None  # for the type checker
+    return reference.cross_entropy_core(torch.nn.functional.linear(hidden, weight, bias), rows, *options)
+
+
+def _reference_gradients(
+    inputs: tuple[torch.Tensor | None, ...],
+    wanted: tuple[bool, ...],
     rows: torch.Tensor,
     options: LossOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
-    return reference.cross_entropy_core(logits, rows, *options)
+    upstream: tuple[torch.Tensor, torch.Tensor],
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of hidden, weight and bias by autograd over the oracle, fp32; None where not wanted."""
+    with torch.enable_grad():
+        leaves = [
+            None if x is None else x.detach().float().requires_grad_(asked)
+            for x, asked in zip(inputs, wanted, strict=True)
+        ]
+        outputs = _reference(leaves, rows, options)[:2]
+        asked = [x for x in leaves if x is not None and x.requires_grad]
+        gradients = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
+        return tuple(next(gradients) if x is not None and x.requires_grad else None for x in leaves)
 
 
 def _linear_cross_entropy_fake(
@@ -225,10 +238,17 @@ def _linear_cross_entropy_fake(
 
 
 def _linear_cross_entropy_backward_fake(
-    grad_nll: Any, grad_lse: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *rest: Any
+    grad_nll: Any,
+    grad_lse: Any,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     pairs = zip((hidden, weight, bias), rest[-3:], strict=True)
-    return tuple(hidden.new_empty(0) if x is None or not wanted else x.new_empty(x.shape) for x, wanted in pairs)
+    return tuple(
+        hidden.new_empty(0) if x is None or not wanted else x.new_empty(x.shape) for x, wanted in pairs
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -249,17 +269,17 @@ def _autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused:
 
 
 _linear_cross_entropy_op = library.define_op(
-    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {LOSS_OPTIONS}, int shift) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {LOSS_OPTIONS}, "
+    "int shift) -> (Tensor, Tensor, Tensor, Tensor)",
     _linear_cross_entropy,
     _linear_cross_entropy_fake,
     setup_context=_setup_context,
     backward=_autograd,
 )
 _linear_cross_entropy_backward_op = library.define_op(
-    "linear_cross_entropy_backward(Tensor grad_nll, Tensor grad_lse, Tensor hidden, Tensor weight, Tensor? bias, "
-    f"Tensor target, Tensor lse, Tensor lse_low, {LOSS_OPTIONS}, int shift, bool of_hidden, bool of_weight, "
-    "bool of_bias) -> (Tensor, Tensor, Tensor)",
+    "linear_cross_entropy_backward(Tensor grad_nll, Tensor grad_lse, Tensor hidden, Tensor weight, "
+    f"Tensor? bias, Tensor target, Tensor lse, Tensor lse_low, {LOSS_OPTIONS}, int shift, bool of_hidden, "
+    "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
     _linear_cross_entropy_backward,
     _linear_cross_entropy_backward_fake,
     backward=refuse_double_backward,
