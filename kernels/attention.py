@@ -39,9 +39,19 @@ MAX_HEAD_DIM = 256
 
 
 @triton.jit
-def _load_tile(base, rows, columns, stride, n_rows, D: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """A (rows, columns) tile of a matrix with row stride `stride`; zeros beyond its n_rows rows and D columns."""
-    pointers = base + rows[:, None] * stride + columns[None, :]
+def _tile_pointers(base, rows, columns, stride):
+    """Addresses of a (rows, columns) tile of a matrix with row stride `stride`.
+
+    A loop carries these and adds to them. Measured in registers and instructions of the machine code, that beats a
+    scalar base plus offsets formed anew in every round: 7.1 against 7.4 instructions per score (sm_80, head size 64,
+    tile 128 x 128, 8 warps), and fewer spills elsewhere.
+    """
+    return base + (rows[:, None] * tl.cast(stride, tl.int64) + columns[None, :])
+
+
+@triton.jit
+def _load_tile(pointers, rows, columns, n_rows, D: tl.constexpr, MASK_ROWS: tl.constexpr):
+    """The tile, with zeros beyond n_rows rows (if asked to look) and D columns."""
     if MASK_ROWS and D < columns.shape[0]:
         return tl.load(pointers, mask=(rows < n_rows)[:, None] & (columns < D)[None, :], other=0.0)
     elif MASK_ROWS:
@@ -54,17 +64,17 @@ def _load_tile(base, rows, columns, stride, n_rows, D: tl.constexpr, MASK_ROWS: 
 
 @triton.jit
 def _store_tile(base, tile, rows, columns, stride, n_rows, D: tl.constexpr):
-    pointers = base + rows[:, None] * stride + columns[None, :]
+    pointers = _tile_pointers(base, rows, columns, stride)
     tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < n_rows)[:, None] & (columns < D)[None, :])
 
 
 @triton.jit
-def _visible(queries, keys, n_keys, offset, CAUSAL: tl.constexpr):
-    """Which keys exist and, when causal, stand at or before `query + offset`; the arguments broadcast."""
+def _last_visible(queries, n_keys, offset, CAUSAL: tl.constexpr):
+    """The last key that each query may see: one number a row, so that a mask costs one comparison an element."""
     if CAUSAL:
-        return (keys < n_keys) & (keys <= queries + offset)
+        return tl.minimum(queries + offset, n_keys - 1)
     else:
-        return (keys < n_keys) & (queries >= 0)
+        return tl.minimum(queries, 0) + (n_keys - 1)
 
 
 @triton.jit
@@ -95,18 +105,19 @@ def _attend(
     block = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     columns_v = tl.arange(0, BLOCK_DV)
-    k_tile = k_head + tl.cast(first_key, tl.int64) * stride_k
-    v_tile = v_head + tl.cast(first_key, tl.int64) * stride_v
+    k_tile = _tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
+    v_tile = _tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
+    if MASKED:
+        limit = _last_visible(queries, n_keys, offset, CAUSAL)
     for start in tl.range(first_key, last_key, BLOCK_N):
-        k = _load_tile(k_tile, block, columns, stride_k, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
+        k = _load_tile(k_tile, block, columns, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if SOFTCAP:
             scores = tanh(scores * to_cap)
         if MASKED:
-            seen = _visible(queries[:, None], (start + block)[None, :], n_keys, offset, CAUSAL)
-            scores = tl.where(seen, scores, float("-inf"))
+            scores = tl.where((start + block)[None, :] <= limit[:, None], scores, float("-inf"))
         p, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum, to_log2, MASKED)
-        v = _load_tile(v_tile, block, columns_v, stride_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        v = _load_tile(v_tile, block, columns_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
         v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
@@ -130,7 +141,7 @@ def _attention_forward_kernel(
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
     H, S, T, offset, to_cap, to_log2,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, BLOCK_M)
@@ -146,18 +157,20 @@ def _attention_forward_kernel(
     k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
     v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
 
-    q = _load_tile(q_tile, block, columns, stride_qs * UNIT, S - first_query, D, True)  # (BLOCK_M, BLOCK_D)
+    q_tile = _tile_pointers(q_tile, block, columns, stride_qs * UNIT)
+    q = _load_tile(q_tile, block, columns, S - first_query, D, True)  # (BLOCK_M, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     unmasked, last = _key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
+    # The masked blocks go first: what their masks need is then no burden on the registers of the long loop.
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T,
+        offset, to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+    )  # fmt: skip
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
         to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
-    )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T,
-        offset, to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
     )  # fmt: skip
 
     row = (b * H + h) * S + first_query
@@ -188,16 +201,17 @@ def _accumulate_dq(
     block = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     columns_v = tl.arange(0, BLOCK_DV)
-    k_tile = k_head + tl.cast(first_key, tl.int64) * stride_k
-    v_tile = v_head + tl.cast(first_key, tl.int64) * stride_v
+    k_tile = _tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
+    v_tile = _tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
+    if MASKED:
+        limit = _last_visible(queries, n_keys, offset, CAUSAL)
     for start in tl.range(first_key, last_key, BLOCK_N):
-        k = _load_tile(k_tile, block, columns, stride_k, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
-        v = _load_tile(v_tile, block, columns_v, stride_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        k = _load_tile(k_tile, block, columns, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
+        v = _load_tile(v_tile, block, columns_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         p, slope = _probabilities(products, lse[:, None], to_cap, to_log2, SOFTCAP)
         if MASKED:
-            seen = _visible(queries[:, None], (start + block)[None, :], n_keys, offset, CAUSAL)
-            p = tl.where(seen, p, 0.0)
+            p = tl.where((start + block)[None, :] <= limit[:, None], p, 0.0)
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
@@ -215,7 +229,7 @@ def _attention_backward_dq_kernel(
     stride_db, stride_dh, stride_ds,
     H, S, T, offset, scale, to_cap, to_log2,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, BLOCK_M)
@@ -233,8 +247,11 @@ def _attention_backward_dq_kernel(
     k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
     v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
 
-    out = _load_tile(out_ptr + row * DV, block, columns_v, DV, n_rows, DV, True)  # (BLOCK_M, BLOCK_DV)
-    dout = _load_tile(dout_tile, block, columns_v, stride_ds * UNIT, n_rows, DV, True)
+    out_tile = _tile_pointers(out_ptr + row * DV, block, columns_v, DV)
+    dout_tile = _tile_pointers(dout_tile, block, columns_v, stride_ds * UNIT)
+    q_tile = _tile_pointers(q_tile, block, columns, stride_qs * UNIT)
+    out = _load_tile(out_tile, block, columns_v, n_rows, DV, True)  # (BLOCK_M, BLOCK_DV)
+    dout = _load_tile(dout_tile, block, columns_v, n_rows, DV, True)
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row + block, mask=block < n_rows, other=0.0)
@@ -243,17 +260,17 @@ def _attention_backward_dq_kernel(
     lse = tl.load(lse_ptr + row + block, mask=block < n_rows, other=float("inf")) * _LOG2E
     delta = tl.where(lse == float("-inf"), 0.0, delta)
     tl.store(delta_ptr + row + block, delta, mask=block < n_rows)
-    q = _load_tile(q_tile, block, columns, stride_qs * UNIT, n_rows, D, True)
+    q = _load_tile(q_tile, block, columns, n_rows, D, True)
 
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     unmasked, last = _key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
     dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
-        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
+        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T, offset,
+        to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
     )  # fmt: skip
     dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T, offset,
-        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
+        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
     )  # fmt: skip
     _store_tile(dq_ptr + row * D, dq * scale, block, columns, D, n_rows, D)
 
@@ -272,14 +289,14 @@ def _accumulate_dkdv(
     block = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_D)
     columns_v = tl.arange(0, BLOCK_DV)
-    for index in tl.range(0, n_blocks):
-        start = first_query + index * BLOCK_M
-        if MASKED:
-            start = tl.where(start < jump_from, start, jump_to)
-        q_tile = q_head + tl.cast(start, tl.int64) * stride_q
-        dout_tile = dout_head + tl.cast(start, tl.int64) * stride_d
-        q = _load_tile(q_tile, block, columns, stride_q, n_queries - start, D, MASKED)  # (BLOCK_M, BLOCK_D)
-        dout = _load_tile(dout_tile, block, columns_v, stride_d, n_queries - start, DV, MASKED)
+    start = first_query
+    if MASKED:
+        start = tl.where(start < jump_from, start, jump_to)
+    q_tile = _tile_pointers(q_head + tl.cast(start, tl.int64) * stride_q, block, columns, stride_q)
+    dout_tile = _tile_pointers(dout_head + tl.cast(start, tl.int64) * stride_d, block, columns_v, stride_d)
+    for _ in tl.range(0, n_blocks):
+        q = _load_tile(q_tile, block, columns, n_queries - start, D, MASKED)  # (BLOCK_M, BLOCK_D)
+        dout = _load_tile(dout_tile, block, columns_v, n_queries - start, DV, MASKED)  # (BLOCK_M, BLOCK_DV)
         if MASKED:
             # Rows past the end get an lse of +inf, so that their probabilities are 0.
             lse = tl.load(lse_head + start + block, mask=block < n_queries - start, other=float("inf"))
@@ -290,13 +307,20 @@ def _accumulate_dkdv(
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         p, slope = _probabilities(products, (lse * _LOG2E)[None, :], to_cap, to_log2, SOFTCAP)
         if MASKED:
-            p = tl.where(_visible((start + block)[None, :], keys[:, None], n_keys, offset, CAUSAL), p, 0.0)
+            limit = _last_visible(start + block, n_keys, offset, CAUSAL)
+            p = tl.where(keys[:, None] <= limit[None, :], p, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
         ds = p * (dp - delta[None, :])
         if SOFTCAP:
             ds = ds * slope
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        step = BLOCK_M
+        if MASKED:
+            step = tl.where((start < jump_from) & (start + BLOCK_M >= jump_from), jump_to - start, BLOCK_M)
+        start += step
+        q_tile += tl.cast(stride_q, tl.int64) * step
+        dout_tile += tl.cast(stride_d, tl.int64) * step
     return dk, dv
 
 
@@ -307,7 +331,7 @@ def _attention_backward_dkdv_kernel(
     stride_db, stride_dh, stride_ds,
     Hkv, S, T, offset, scale, to_cap, to_log2,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BLOCK_N)
@@ -321,19 +345,22 @@ def _attention_backward_dkdv_kernel(
     n_rows = T - first_key
     k_tile = k_ptr + (b * stride_kb + hkv * stride_kh + first_key.to(tl.int64) * stride_kt) * UNIT
     v_tile = v_ptr + (b * stride_vb + hkv * stride_vh + first_key.to(tl.int64) * stride_vt) * UNIT
-    k = _load_tile(k_tile, block, columns, stride_kt * UNIT, n_rows, D, True)  # (BLOCK_N, BLOCK_D)
-    v = _load_tile(v_tile, block, columns_v, stride_vt * UNIT, n_rows, DV, True)  # (BLOCK_N, BLOCK_DV)
+    k_tile = _tile_pointers(k_tile, block, columns, stride_kt * UNIT)
+    v_tile = _tile_pointers(v_tile, block, columns_v, stride_vt * UNIT)
+    k = _load_tile(k_tile, block, columns, n_rows, D, True)  # (BLOCK_N, BLOCK_D)
+    v = _load_tile(v_tile, block, columns_v, n_rows, DV, True)  # (BLOCK_N, BLOCK_DV)
 
     # Queries below `first` see no key of this block, those from `everyone` on see all of them that exist. Keys past the
     # end need no mask: each makes a row of dk and dv that is never stored.
     first = 0
     everyone = 0
     if CAUSAL:
-        first = tl.minimum(tl.maximum(first_key - offset, 0), S) // BLOCK_M * BLOCK_M
+        first = tl.minimum(tl.maximum(first_key - offset, 0), S) // MASKED_M * MASKED_M
         everyone = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
     whole = S // BLOCK_M * BLOCK_M
     everyone = tl.minimum(everyone, whole)
-    masked_blocks = (everyone - first) // BLOCK_M + tl.cdiv(S - whole, BLOCK_M)
+    first = tl.minimum(first, everyone)
+    masked_blocks = (everyone - first) // MASKED_M + tl.cdiv(S - whole, MASKED_M)
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for member in range(GROUP):
@@ -343,13 +370,13 @@ def _attention_backward_dkdv_kernel(
         statistics = (b * Hkv * GROUP + h) * S
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
-            stride_ds * UNIT, keys, everyone, (whole - everyone) // BLOCK_M, 0, 0, S, T, offset, to_cap, to_log2,
-            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
+            stride_ds * UNIT, keys, first, masked_blocks, everyone, whole, S, T, offset, to_cap, to_log2,
+            D, DV, MASKED_M, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
         )  # fmt: skip
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
-            stride_ds * UNIT, keys, first, masked_blocks, everyone, whole, S, T, offset, to_cap, to_log2,
-            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+            stride_ds * UNIT, keys, everyone, (whole - everyone) // BLOCK_M, 0, 0, S, T, offset, to_cap, to_log2,
+            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
         )  # fmt: skip
     row = (b * Hkv + hkv) * T + first_key
     _store_tile(dk_ptr + row * D, dk * scale, block, columns, D, n_rows, D)
@@ -416,7 +443,7 @@ def attention_forward(
         _attention_forward_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
             q, k, v, out, lse, *q_strides, *k_strides, *v_strides, H, S, T, offset, to_cap, to_log2,
             GROUP=H // Hkv, D=D, DV=Dv, UNIT=unit,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_D=block_d, BLOCK_DV=block_dv,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_N=tile.masked, BLOCK_D=block_d, BLOCK_DV=block_dv,
             CAUSAL=causal, SOFTCAP=softcap is not None, PRECISION=configs.dot_precision(arch, q.dtype),
             num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
         )  # fmt: skip
@@ -470,14 +497,14 @@ def attention_backward(
         _attention_backward_dq_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
             q, k, v, out, dout, lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta, dq,
             *q_strides, *k_strides, *v_strides, *d_strides, H, S, T, offset, scale, to_cap, to_log2,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, HAS_DLSE=dlse is not None,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_N=tile.masked, HAS_DLSE=dlse is not None,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
         )  # fmt: skip
         tile = config.backward_dkdv
         _attention_backward_dkdv_kernel[_grid(triton.cdiv(T, tile.block_n), B * Hkv)](
             q, k, v, dout, lse, delta, dk, dv,
             *q_strides, *k_strides, *v_strides, *d_strides, Hkv, S, T, offset, scale, to_cap, to_log2,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_M=tile.masked,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
         )  # fmt: skip
     return (dq if factor == 1.0 else dq * factor), dk, dv

@@ -20,6 +20,7 @@ class Tile:
     block_n: int
     num_warps: int
     num_stages: int
+    masked: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +31,9 @@ class AttentionConfig:
 
 
 def attention(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
-    t = Tile(64, 64, 4, 2)
+    t = Tile(64, 64, 4, 2, 32)
     if arch == "interpreter":
-        t = Tile(32, 32, 4, 1)
+        t = Tile(32, 64, 4, 1, 32)
     return AttentionConfig(t, t, t)
 
 

@@ -48,7 +48,12 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def launch(module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
     """A launcher of gpt4v_fast.kernels, here and now; for `call(launch, "attention", "attention_forward", ...)`."""
-    return getattr(importlib.import_module(f"gpt4v_fast.kernels.{module}"), launcher)(*args, **kwargs)
+    inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    _inputs.update({x.untyped_storage().data_ptr(): _extent(x) for x in inputs})
+    try:
+        return getattr(importlib.import_module(f"gpt4v_fast.kernels.{module}"), launcher)(*args, **kwargs)
+    finally:
+        _inputs.clear()
 
 
 def launch_without_widening(module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +126,11 @@ def _round_to_bf16() -> None:
     builder.create_fp_trunc = create_fp_trunc
 
 
+# Of the tensors that a launcher was given: start of the storage -> extent. A launcher may hand its kernel another view
+# of the same storage; what the kernel may touch is still what the launcher was given.
+_inputs: dict[int, tuple[int, int]] = {}
+
+
 def _guard_memory() -> None:
     """Raises IndexError for a load or store, not masked off, outside the extents of the kernel's tensor arguments."""
     import numpy as np
@@ -133,7 +143,8 @@ def _guard_memory() -> None:
 
     @functools.wraps(plain_call)
     def guarded_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        extents[:] = [_extent(x) for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        extents[:] = [_inputs.get(x.untyped_storage().data_ptr()) or _extent(x) for x in tensors]
         return plain_call(self, *args, **kwargs)
 
     def check(pointers: Any, mask: Any, action: str) -> None:
