@@ -119,6 +119,7 @@ def parameter_count(preset: str) -> int:
 
     with torch.device("meta"):
         model = GPT4VForConditionalGeneration(GPT4VConfig.from_preset(preset))
+    model.tie_weights()  # some versions of transformers leave it out on the meta device
     return sum(p.numel() for p in model.parameters())
 
 

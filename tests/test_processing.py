@@ -1,0 +1,407 @@
+"""Tokenizer, image processor, processor and checkpoints: round trips, Auto classes, and clear errors."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+
+from gpt4v_fast.models.checkpoint import atomic_folder
+from gpt4v_fast.models.gpt4v import (
+    GPT4VConfig,
+    GPT4VForConditionalGeneration,
+    GPT4VImageProcessor,
+    GPT4VModel,
+    GPT4VProcessor,
+    GPT4VTokenizer,
+)
+from gpt4v_fast.models.gpt4v.image_processing_gpt4v import open_image
+
+TEXTS = ["Which digit is this? It is 7.", "这是一个例子。这是哪个数字？", "7 + 5 = 12."] * 3
+
+
+@pytest.fixture(scope="module")
+def processor() -> GPT4VProcessor:
+    images = GPT4VImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    return GPT4VProcessor(images, GPT4VTokenizer.train_from_iterator(TEXTS, 300), image_seq_length=4)
+
+
+@pytest.fixture(scope="module")
+def saved(processor, tmp_path_factory):
+    """A checkpoint folder, and the model in it."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16}
+    text = {"vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = GPT4VConfig({**vision, "patch_size": 8}, text, image_token_id=processor.image_token_id)
+    model = GPT4VForConditionalGeneration(config).eval()
+    folder = tmp_path_factory.mktemp("checkpoints") / "good"
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    """A copy of the checkpoint, to be spoiled."""
+    return shutil.copytree(saved[0], tmp_path / "copy")
+
+
+# Tokenizer
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.characters(codec="utf-8"), max_size=40))
+def test_any_text_survives_the_tokenizer(processor, text):
+    tokenizer = processor.tokenizer
+    special = set(tokenizer.all_special_tokens)
+    if not any(token in text for token in special):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tokenizer_learns_merges_and_splits_digits(processor):
+    tokenizer = processor.tokenizer
+    assert len(tokenizer) == 300
+    assert len(tokenizer("这是")["input_ids"]) < len("这是".encode())
+    assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
+    assert tokenizer.unk_token is None
+    assert tokenizer(["a", "abcabc"], padding=True)["attention_mask"][0][0] == 0
+
+
+def test_special_tokens_have_fixed_ids(processor):
+    ids = processor.tokenizer.convert_tokens_to_ids
+    names = ["<|pad|>", "<|end|>", "<|user|>", "<image>", "<|assistant|>", "<|system|>"]
+    assert [ids(name) for name in names] == [0, 1, 2, 3, 4, 5]
+    assert (processor.tokenizer.pad_token_id, processor.tokenizer.eos_token_id) == (0, 1)
+    assert processor.tokenizer.decode([2, 3, 4, 1], skip_special_tokens=True) == ""
+
+
+def test_a_vocabulary_below_the_bytes_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size must be at least 262.*got 200"):
+        GPT4VTokenizer.train_from_iterator(TEXTS, 200)
+
+
+# Images
+
+
+def test_pixels_are_uint8_rgb_of_the_crop_size():
+    image = Image.new("L", (40, 20), 200)
+    out = GPT4VImageProcessor()(images=image, return_tensors="pt")["pixel_values"]
+    assert out.shape == (1, 3, 32, 32)
+    assert out.dtype == torch.uint8
+    assert (out == 200).all()
+
+
+def test_resize_keeps_the_aspect_and_the_crop_is_central():
+    pixels = np.zeros((16, 32, 3), np.uint8)
+    pixels[:, 8:24] = 255  # the square in the middle is white
+    out = GPT4VImageProcessor(resample=0)(images=pixels)["pixel_values"]
+    assert out.shape == (1, 3, 32, 32)
+    assert (out == 255).all()
+    squeezed = GPT4VImageProcessor(size={"height": 32, "width": 32}, resample=0)(images=pixels)["pixel_values"]
+    assert squeezed.float().mean() == 127.5
+
+
+def png(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["array_hwc", "array_chw", "tensor", "grey", "floats", "bytes", "path", "file"])
+def test_every_kind_of_source_gives_the_same_pixels(kind, tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    if kind == "grey":
+        array[...] = array[..., :1]
+    path = tmp_path / "image.png"
+    path.write_bytes(png(Image.fromarray(array)))
+    source = {
+        "array_hwc": array,
+        "array_chw": array.transpose(2, 0, 1),
+        "tensor": torch.from_numpy(array.transpose(2, 0, 1).copy()),
+        "grey": array[..., 0],
+        "floats": array / 255,
+        "bytes": path.read_bytes(),
+        "path": str(path),
+        "file": io.BytesIO(path.read_bytes()),
+    }[kind]
+    assert np.array_equal(np.asarray(open_image(source)), array)
+
+
+def test_transparent_16_bit_and_turned_images():
+    clear = Image.new("RGBA", (2, 2), (0, 0, 0, 0))
+    assert np.asarray(open_image(clear)).min() == 255
+    deep = Image.fromarray(np.full((2, 2), 0x8000, np.uint16))
+    assert np.asarray(open_image(deep)).max() == 0x80
+    turned, exif = Image.new("L", (4, 2)), Image.Exif()
+    exif[0x0112] = 6  # the camera was held upright
+    assert open_image(png(turned, exif=exif)).size == (2, 4)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG that claims a size and has no pixels: decoding it would fail, so refusing it must come first."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(10_001, 10_000), (100_000, 100_000)], ids=["100 MP", "10 GP"])
+def test_huge_images_are_refused_before_decoding(size):
+    with pytest.raises(ValueError, match="at most 100 megapixels"):
+        open_image(huge_png(*size))
+
+
+def test_bad_images_are_refused(tmp_path):
+    good = png(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+    text = tmp_path / "notes.txt"
+    text.write_text("not an image")
+    cases = [
+        (FileNotFoundError, "image file not found", tmp_path / "none.png"),
+        (ValueError, "notes.txt must be in an image format", text),
+        (ValueError, "cannot be decoded", good[: len(good) // 2]),
+        (ValueError, "must be local", "https://example.org/image.png"),
+        (TypeError, "got dict", {"image": 1}),
+        (ValueError, r"got shape \(5, 5, 5\)", np.zeros((5, 5, 5), np.uint8)),
+        (ValueError, r"got shape \(0, 5\)", np.zeros((0, 5), np.uint8)),
+        (ValueError, r"\[0, 1\], got \[0, 255\]", np.array([[0.0, 255.0]])),
+        (ValueError, r"must be in \[0, 1\]", np.array([[np.nan, 0.5]])),
+        (TypeError, "got int64", np.zeros((4, 4), np.int64)),
+    ]
+    for kind, message, source in cases:
+        with pytest.raises(kind, match=message):
+            open_image(source)
+
+
+def test_bad_settings_of_the_image_processor_are_refused():
+    with pytest.raises(ValueError, match="size must have shortest_edge"):
+        GPT4VImageProcessor(size={"longest_edge": 3})
+    with pytest.raises(ValueError, match="crop_size must have height and width"):
+        GPT4VImageProcessor(crop_size={"height": 3})
+    with pytest.raises(ValueError, match="resample must be one of"):
+        GPT4VImageProcessor(resample=9)
+    with pytest.raises(ValueError, match="do_convert_rgb must be True"):
+        GPT4VImageProcessor(do_convert_rgb=False)
+    with pytest.raises(ValueError, match="at least one image"):
+        GPT4VImageProcessor()(images=[])
+    with pytest.raises(ValueError, match="one size after resize and crop"):
+        GPT4VImageProcessor(do_center_crop=False)(images=[Image.new("L", (9, 5)), Image.new("L", (5, 5))])
+    with pytest.raises(ValueError, match="over 100 megapixels"):
+        GPT4VImageProcessor()(images=Image.new("L", (1, 4_000_000)))
+
+
+# Processor
+
+
+def picture(value: int = 100) -> Image.Image:
+    return Image.new("RGB", (20, 16), (value, value, value))
+
+
+def test_marks_become_image_tokens(processor):
+    out = processor(images=[picture(1), picture(2)], text=["<image>a<image>", "none"])
+    assert out["pixel_values"].shape == (2, 3, 16, 16)
+    assert (out["input_ids"] == processor.image_token_id).sum(1).tolist() == [8, 0]
+    assert out["attention_mask"].sum(1)[1] < out["input_ids"].shape[1]
+    nested = processor(images=[[picture(1), picture(2)], []], text=["<image>a<image>", "none"])
+    assert torch.equal(nested["input_ids"], out["input_ids"])
+    assert set(processor(text="a")) == {"input_ids", "attention_mask"}
+    assert set(processor(images=picture())) == {"pixel_values"}
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "message"),
+    [
+        (1, "<image><image>", "for each of the 1 images, got 2"),
+        (3, "<image><image>", "for each of the 3 images, got 2"),
+        (0, "<image>", "for each of the 0 images, got 1"),
+        (1, "no mark", "for each of the 1 images, got 0"),
+    ],
+)
+def test_marks_must_match_images(processor, images, text, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=[picture()] * images if images else None, text=text)
+
+
+def test_nested_images_must_match_their_own_text(processor):
+    with pytest.raises(ValueError, match="text 0 must have one <image> mark for each of its 1 images, got 0"):
+        processor(images=[[picture()], [picture()]], text=["none", "<image><image>"])
+    with pytest.raises(ValueError, match="got neither"):
+        processor()
+    with pytest.raises(TypeError, match="text must be a string"):
+        processor(text=[1])
+    with pytest.raises(ValueError, match="videos must be None"):
+        processor(text="a", videos=[1])
+    with pytest.raises(ValueError, match="image_seq_length must be positive"):
+        GPT4VProcessor(processor.image_processor, processor.tokenizer, image_seq_length=0)
+
+
+def test_chat_template_with_image_parts(processor):
+    parts = [{"type": "image", "image": picture()}, {"type": "text", "text": "Which digit?"}]
+    chat = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": "7"}]},
+        {"role": "user", "content": "这是？"},
+    ]
+    want = "<|system|>Be brief.<|user|><image>Which digit?<|assistant|>7<|end|><|user|>这是？<|assistant|>"
+    assert processor.apply_chat_template(chat, add_generation_prompt=True) == want
+    for message in chat:
+        if isinstance(message["content"], str):  # transformers 5.0 tokenizes chats of parts only
+            message["content"] = [{"type": "text", "text": message["content"]}]
+    out = processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    same = processor(images=picture(), text=want)
+    assert torch.equal(out["input_ids"], same["input_ids"])
+    assert torch.equal(out["pixel_values"], same["pixel_values"])
+
+
+# Checkpoints
+
+
+def test_auto_classes_load_a_checkpoint(saved, processor):
+    folder, model = saved
+    assert isinstance(AutoConfig.from_pretrained(folder), GPT4VConfig)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)  # transformers 5.0 gives this base class, later ones ours
+    assert tokenizer("<image>是 7")["input_ids"] == processor.tokenizer("<image>是 7")["input_ids"]
+    assert isinstance(AutoImageProcessor.from_pretrained(folder), GPT4VImageProcessor)
+    assert isinstance(AutoModel.from_pretrained(folder), GPT4VModel)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(folder), GPT4VForConditionalGeneration)
+    again = AutoProcessor.from_pretrained(folder)
+    assert isinstance(again, GPT4VProcessor)
+    batch = processor(images=picture(), text="<image>是 7 吗？")
+    for name, value in again(images=picture(), text="<image>是 7 吗？").items():
+        assert torch.equal(value, batch[name]), name
+    loaded = AutoModelForImageTextToText.from_pretrained(folder)
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    base = GPT4VModel.from_pretrained(folder)
+    hidden = base(**batch).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), model(**batch).logits)
+    assert loaded.generation_config.suppress_tokens == [processor.image_token_id]
+
+
+def test_settings_travel_and_can_be_overridden(saved):
+    folder, model = saved
+    half = GPT4VForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sdpa")
+    assert half.dtype == torch.bfloat16
+    assert half.config.text_config._attn_implementation == half.config.vision_config._attn_implementation == "sdpa"
+    assert model.config.text_config._attn_implementation == "gpt4v_fast"
+    config = AutoConfig.from_pretrained(folder)
+    assert config.text_config.to_dict() == model.config.text_config.to_dict()
+    assert GPT4VImageProcessor.from_pretrained(folder).crop_size == {"height": 16, "width": 16}
+    again = GPT4VImageProcessor.from_pretrained(folder, crop_size={"height": 8, "width": 8})
+    assert again.crop_size == {"height": 8, "width": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "loader"),
+    [
+        ("config.json", GPT4VForConditionalGeneration),
+        ("model.safetensors", GPT4VForConditionalGeneration),
+        ("model.safetensors", GPT4VModel),
+        ("tokenizer.json", GPT4VTokenizer),
+        ("tokenizer.json", GPT4VProcessor),
+        ("processor_config.json", GPT4VImageProcessor),
+    ],
+)
+def test_a_missing_file_is_named(copy, name, loader):
+    (copy / name).unlink()
+    with pytest.raises(FileNotFoundError, match=rf"expected .*{name}.*, found .*generation_config.json"):
+        loader.from_pretrained(copy)
+
+
+def test_foreign_and_damaged_checkpoints_are_refused(copy, tmp_path):
+    load = GPT4VForConditionalGeneration.from_pretrained
+    with pytest.raises(FileNotFoundError, match="checkpoint folder not found"):
+        load(tmp_path / "none")
+    with pytest.raises(ValueError, match="must be a folder, got the file"):
+        load(copy / "config.json")
+    weights = load_file(copy / "model.safetensors")
+    name = "model.projector.linear_1.weight"
+    cases = [
+        ("lacks weights model.projector.linear_1.weight", {k: v for k, v in weights.items() if k != name}),
+        ("has the foreign weights stranger", {**weights, "stranger": torch.zeros(1)}),
+    ]
+    for message, changed in cases:
+        save_file(changed, copy / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            load(copy)
+    save_file({**weights, name: torch.zeros(3, 3)}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((RuntimeError, ValueError), match=r"projector\.linear_1\.weight|size mismatch|mismatch"):
+        load(copy)
+    (copy / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00garbage!")
+    with pytest.raises(ValueError, match="the weights are damaged"):
+        load(copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    with pytest.raises(ValueError, match=r"expected model_type 'gpt4v' in config.json, got 'llama'"):
+        load(copy)
+    (copy / "config.json").write_text("{half a fi")
+    with pytest.raises(ValueError, match=r"config.json must be a JSON object"):
+        load(copy)
+
+
+def test_saving_that_fails_leaves_the_good_checkpoint(saved, copy, monkeypatch):
+    _, model = saved
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    siblings = set(copy.parent.iterdir())
+
+    def fails(*args, **kwargs):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(GPT4VConfig, "save_pretrained", fails)
+    with pytest.raises(OSError, match="no space left"):
+        model.save_pretrained(copy)
+    monkeypatch.undo()
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert set(copy.parent.iterdir()) == siblings
+
+
+def test_saving_replaces_weights_and_keeps_the_rest(saved, copy):
+    _, model = saved
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"an old shard")
+    (copy / "notes").mkdir()
+    (copy / "notes" / "a.txt").write_text("kept")
+    model.save_pretrained(copy)
+    assert not (copy / "model-00001-of-00002.safetensors").exists()
+    assert (copy / "notes" / "a.txt").read_text() == "kept"
+    assert GPT4VProcessor.from_pretrained(copy).image_seq_length == 4
+    again = GPT4VForConditionalGeneration.from_pretrained(copy)
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+
+
+def test_atomic_folder_appears_at_the_end_only(tmp_path):
+    target = tmp_path / "new"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    with pytest.raises(KeyError), atomic_folder(target) as folder:
+        (folder / "a").write_text("2")
+        raise KeyError("stop")
+    assert (target / "a").read_text() == "1"
+    assert list(tmp_path.iterdir()) == [target]
+    with pytest.raises(NotADirectoryError, match="must be written to a folder"), atomic_folder(target / "a"):
+        pass
