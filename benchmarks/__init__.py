@@ -1,0 +1,8 @@
+"""Side by side with the peers, as a share of what the machine can do: `gpt4v-fast bench`, or `python -m
+benchmarks.attention` (`.loss`, `.patch_embed`) in the source tree.
+
+registry.py   what is timed; the cases themselves stand in attention.py, loss.py and patch_embed.py
+check.py      no time before the numbers are right
+timing.py     interleaved rounds between peak probes; peaks.py has the probes
+runner.py     runs cases and makes the record; report.py shows it: table, JSON, HTML
+"""

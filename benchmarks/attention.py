@@ -1,0 +1,231 @@
+"""Attention beside F.scaled_dot_product_attention: `python -m benchmarks.attention --help`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+import gpt4v_fast as gf
+from gpt4v_fast import reference
+
+from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, compute_bound, timed
+
+LEAVES = ("q", "k", "v")
+TRAINING = ("forward", "backward", "forward+backward")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem. `mask`: none, causal, window (causal, 256 to the left), documents (causal, four packed) or
+    images (causal text with two images whose tokens see each other)."""
+
+    name: str
+    B: int
+    H: int
+    S: int
+    D: int
+    Hkv: int | None = None
+    T: int | None = None
+    mask: str = "none"
+    directions: tuple[str, ...] = TRAINING
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    copies: int = 1
+    quick: bool = False
+
+    @property
+    def keys(self) -> int:
+        return self.T or self.S
+
+    @property
+    def groups(self) -> int:
+        return self.H // (self.Hkv or self.H)
+
+    @functools.cached_property
+    def gf_mask(self) -> gf.Mask:
+        S = self.S
+        if self.mask in ("none", "causal"):
+            return gf.Mask(causal=self.mask == "causal")
+        if self.mask == "window":
+            return gf.Mask(causal=True, window=(256, None))
+        position = torch.arange(S)
+        if self.mask == "documents":
+            ends = torch.tensor([S // 8, S // 2, 5 * S // 8])
+            ids = torch.bucketize(position, ends, right=True)
+            return gf.Mask(causal=True, documents=ids.to(torch.int32).expand(self.B, S).contiguous())
+        if self.mask == "images":
+            ids = torch.full((S,), -1, dtype=torch.int32)
+            ids[S // 16 : 6 * S // 16], ids[8 * S // 16 : 13 * S // 16] = 0, 1
+            return gf.Mask(causal=True, image_blocks=ids.expand(self.B, S).contiguous())
+        raise ValueError(f"mask: expected none, causal, window, documents or images, got {self.mask!r}")
+
+    @functools.cached_property
+    def visible(self) -> int:
+        """Pairs of a query and a key that it sees, over the batch, per head."""
+        if self.mask == "none":
+            return self.B * self.S * self.keys
+        seen = self.gf_mask.dense(self.S, self.keys)
+        return int(seen.sum()) * (self.B if seen.dim() == 2 else 1)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"B": self.B, "H": self.H, "Hkv": self.Hkv or self.H, "S": self.S, "T": self.keys, "D": self.D}
+
+
+SHAPES = (
+    Shape("b1_h16_s1024_d64", 1, 16, 1024, 64),
+    Shape("b1_h8_s4096_d64_causal", 1, 8, 4096, 64, mask="causal"),
+    Shape("b1_h8_s2048_d128_causal", 1, 8, 2048, 128, mask="causal"),
+    Shape("b4_h16_s577_d64", 4, 16, 577, 64),
+    Shape("b4_h16_s257_d80", 4, 16, 257, 80),
+    Shape("b1_h16_s1024_d72", 1, 16, 1024, 72, directions=("forward",)),
+    Shape("gqa_h32_kv8_s1024_d128_causal", 1, 32, 1024, 128, Hkv=8, mask="causal"),
+    Shape("window256_h8_s2048_d64", 1, 8, 2048, 64, mask="window"),
+    Shape("documents_h8_s2048_d64", 1, 8, 2048, 64, mask="documents"),
+    Shape("images_h8_s2048_d64", 1, 8, 2048, 64, mask="images"),
+    Shape("half_h8_s512_d64", 1, 8, 512, 64, directions=("forward",), dtypes=("fp16",)),
+    # Caches of 32 and 64 MiB, taken in turn: a decoder finds its cache in memory, not in a processor's cache.
+    Shape("decode_h32_kv8_t8192_d128", 1, 32, 1, 128, Hkv=8, T=8192, directions=("forward",), copies=8),
+    Shape("smallest_h4_s16_d32", 1, 4, 16, 32, directions=("forward",)),
+    Shape("quick_causal", 1, 4, 96, 32, Hkv=2, mask="causal", quick=True),
+    Shape("quick_images", 1, 2, 64, 32, mask="images", directions=("forward",), quick=True),
+    Shape("quick_decode", 1, 4, 1, 32, Hkv=2, T=128, directions=("forward",), copies=2, quick=True),
+)
+
+# Products of S x T of the forward pass: q k^T and p v; the backward pass makes five (FlashAttention-2).
+PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}
+
+
+def cases() -> list[Case]:
+    return [
+        _case(shape, dtype, direction) for shape in SHAPES for dtype in shape.dtypes for direction in shape.directions
+    ]
+
+
+def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
+    dtype = DTYPES[dtype_name]
+    Hkv = shape.Hkv or shape.H
+    elements = 2 * shape.B * (shape.H * shape.S + Hkv * shape.keys) * shape.D  # q and out, k and v
+    passes = {"forward": 1, "backward": 2, "forward+backward": 3}[direction]
+    decoding = shape.S == 1
+    return Case(
+        op="attention",
+        name=shape.name,
+        dtype=dtype,
+        direction=direction,
+        shape=shape.sizes,
+        flops=2.0 * PRODUCTS[direction] * shape.visible * shape.H * shape.D,
+        bytes=float(passes * elements * dtype.itemsize),
+        bound="read" if decoding else compute_bound(dtype),
+        make_inputs=lambda: make_inputs(shape, dtype),
+        expected=lambda inputs: expected(inputs, direction),
+        contenders=contenders(shape),
+        copies=shape.copies,
+        quick=shape.quick,
+    )
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+    Hkv = shape.Hkv or shape.H
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    return {
+        "q": random(shape.B, shape.H, shape.S, shape.D),
+        "k": random(shape.B, Hkv, shape.keys, shape.D),
+        "v": random(shape.B, Hkv, shape.keys, shape.D),
+        "upstream": random(shape.B, shape.H, shape.S, shape.D),
+        "shape": shape,
+    }
+
+
+def expected(inputs: Inputs, direction: str) -> list[Expected]:
+    """Exact values for the heads of the last group of the last batch entry, which depend on no other head."""
+    shape: Shape = inputs["shape"]
+    groups = shape.groups
+    part = {name: inputs[name][-1:, -groups:].double() for name in ("q", "upstream")}
+    part |= {name: inputs[name][-1:, -1:].double() for name in ("k", "v")}
+    mask = shape.gf_mask
+    if shape.mask in ("documents", "images"):
+        field = {"documents": "documents", "images": "image_blocks"}[shape.mask]
+        mask = gf.Mask(causal=True, **{field: getattr(mask, field)[-1:]})
+    leaves = [part[name].requires_grad_() for name in LEAVES]
+    out = reference.attention(*leaves, mask=mask)
+    assert isinstance(out, torch.Tensor)
+    exact = [] if direction == "backward" else [Expected("out", _tail(groups), out.detach())]
+    if direction == "forward":
+        return exact
+    gradients = torch.autograd.grad(out, leaves, part["upstream"])
+    heads = {"q": groups, "k": 1, "v": 1}
+    return exact + [
+        Expected(f"grad {name}", _tail(heads[name]), value) for name, value in zip(LEAVES, gradients, strict=True)
+    ]
+
+
+def _tail(heads: int) -> tuple[slice, slice]:
+    return slice(-1, None), slice(-heads, None)
+
+
+def _make(function: Function) -> Callable[[Case, Inputs], Run]:
+    return lambda case, inputs: timed(case.direction, function, inputs, LEAVES, inputs["upstream"])
+
+
+def _ours(case: Case, inputs: Inputs) -> Run:
+    mask = inputs["shape"].gf_mask
+    return _make(lambda x: gf.attention(x["q"], x["k"], x["v"], mask=mask))(case, inputs)
+
+
+def _sdpa(case: Case, inputs: Inputs) -> Run:
+    """SDPA with is_causal or, where it has no such flag, a boolean mask made beforehand."""
+    shape: Shape = inputs["shape"]
+    # Its is_causal stands at the top left: the same for as many queries as keys, which is all that is timed here.
+    causal = shape.mask == "causal"
+    dense = None if shape.mask in ("none", "causal") else shape.gf_mask.dense(shape.S, shape.keys)
+    gqa = {"enable_gqa": True} if shape.groups > 1 else {}
+    return _make(
+        lambda x: F.scaled_dot_product_attention(x["q"], x["k"], x["v"], attn_mask=dense, is_causal=causal, **gqa)
+    )(case, inputs)
+
+
+def _sdpa_repeated(case: Case, inputs: Inputs) -> Run:
+    """SDPA on keys and values repeated for every query head, which is what models did before enable_gqa."""
+    shape: Shape = inputs["shape"]
+
+    def function(x: Inputs) -> torch.Tensor:
+        k, v = (x[name].repeat_interleave(shape.groups, dim=1) for name in ("k", "v"))
+        return F.scaled_dot_product_attention(x["q"], k, v, is_causal=shape.mask == "causal")
+
+    return _make(function)(case, inputs)
+
+
+def _sdpa_folded(case: Case, inputs: Inputs) -> Run:
+    """SDPA with the queries of a group as rows of one key head: its best setting for decoding."""
+    shape: Shape = inputs["shape"]
+
+    def function(x: Inputs) -> torch.Tensor:
+        folded = x["q"].view(shape.B, -1, shape.groups, shape.D)
+        return F.scaled_dot_product_attention(folded, x["k"], x["v"]).view(x["q"].shape)
+
+    return _make(function)(case, inputs)
+
+
+def contenders(shape: Shape) -> tuple[Contender, ...]:
+    """Ours and every peer that can take this shape."""
+    found = [Contender("gpt4v_fast", _ours, ours=True), Contender("SDPA", _sdpa)]
+    if shape.groups > 1:
+        found.append(Contender("SDPA, repeated keys", _sdpa_repeated))
+        if shape.S == 1:
+            found.append(Contender("SDPA, folded groups", _sdpa_folded))
+    return tuple(found)
+
+
+if __name__ == "__main__":
+    from .runner import main
+
+    sys.exit(main(ops=["attention"]))

@@ -1,0 +1,51 @@
+"""No time before the numbers are right: a contender's outputs against the exact ones.
+
+The error of a row is its largest deviation over the row's scale, the largest magnitude of the exact row (but at least
+a hundredth of the whole tensor's). tests/closeness.py has the package's own, stricter rule; this one must also pass
+the peers, which round in other places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from .registry import Expected, Outputs
+
+# Largest error of a row. bf16 keeps 8 bits: its probabilities, outputs and gradients are each rounded once, which adds
+# up to some 2%; a wrong mask, scale or label shows as 10% and more in the first rows.
+LIMITS = {torch.float32: 5e-4, torch.bfloat16: 0.06, torch.float16: 0.01}
+
+
+class WrongResult(ValueError):
+    """The contender's numbers are wrong, and so its time means nothing."""
+
+
+def largest_error(outputs: Outputs, expected: Sequence[Expected]) -> float:
+    """The largest row error over all expected parts; infinite where a value is missing, NaN or of a wrong shape."""
+    worst = 0.0
+    for name, index, exact in expected:
+        if name not in outputs:
+            return float("inf")
+        got = outputs[name][index].detach().to(torch.float64)
+        if got.shape != exact.shape or not bool(torch.isfinite(got).all()):
+            return float("inf")
+        if exact.numel() == 0:
+            continue
+        row = exact.abs().amax(dim=-1, keepdim=True) if exact.dim() else exact.abs()
+        scale = torch.maximum(row, 0.01 * exact.abs().max()).clamp(min=torch.finfo(torch.float32).tiny)
+        worst = max(worst, float(((got - exact).abs() / scale).max()))
+    return worst
+
+
+def check(outputs: Outputs, expected: Sequence[Expected], dtype: torch.dtype) -> float:
+    """The largest row error.
+
+    Raises:
+        WrongResult: it is over the dtype's limit.
+    """
+    error = largest_error(outputs, expected)
+    if not error <= LIMITS[dtype]:
+        raise WrongResult(f"its result is wrong: row error {error:.2g}, allowed {LIMITS[dtype]:.2g}")
+    return error

@@ -1,0 +1,196 @@
+"""Both losses beside F.cross_entropy and F.linear_cross_entropy: `python -m benchmarks.loss --help`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import gpt4v_fast as gf
+from gpt4v_fast import reference
+
+from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, Unavailable, compute_bound, timed
+
+DIRECTIONS = ("forward", "forward+backward")
+IGNORE = -100
+# Where the exact answer of all tokens would take more multiply-adds than this, the first CHECK_TOKENS are checked.
+CHECK_LIMIT = 1e11
+CHECK_TOKENS = 64
+CHUNK = 128  # tokens whose fp64 logits exist at a time
+
+
+@dataclass(frozen=True)
+class Shape:
+    """N tokens, V classes, E features (0: the logits are given), and the share of labels that are ignored."""
+
+    name: str
+    N: int
+    V: int
+    E: int = 0
+    ignored: float = 0.0
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    quick: bool = False
+
+    @property
+    def op(self) -> str:
+        return "linear_cross_entropy" if self.E else "cross_entropy"
+
+    @property
+    def counted(self) -> int:
+        return self.N - int(self.N * self.ignored)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"N": self.N, "V": self.V, **({"E": self.E} if self.E else {}), "counted": self.counted}
+
+
+SHAPES = (
+    Shape("n1024_v49152_e576", 1024, 49152, 576),
+    Shape("n2048_v49152_e576_ignored90", 2048, 49152, 576, ignored=0.9),
+    Shape("n512_v32000_e2048", 512, 32000, 2048),
+    Shape("n256_v128256_e1024", 256, 128256, 1024),
+    Shape("n1024_v49152", 1024, 49152),
+    Shape("n1024_v50257", 1024, 50257),
+    Shape("n256_v262144", 256, 262144),
+    Shape("quick_linear", 48, 515, 64, ignored=0.25, quick=True),
+    Shape("quick_logits", 48, 515, ignored=0.25, quick=True),
+)
+
+
+def cases() -> list[Case]:
+    return [_case(shape, dtype, direction) for shape in SHAPES for dtype in shape.dtypes for direction in DIRECTIONS]
+
+
+def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
+    dtype = DTYPES[dtype_name]
+    forward = direction == "forward"
+    if shape.E:
+        # logits = h W^T; backward: dh = dlogits W and dW = dlogits^T h. Only tokens that count need a product.
+        flops = (2.0 if forward else 6.0) * shape.counted * shape.V * shape.E
+        elements = (1 if forward else 2) * (shape.N + shape.V) * shape.E
+        bound = compute_bound(dtype)
+    else:
+        flops = (4.0 if forward else 8.0) * shape.counted * shape.V
+        # Read once forward; read and written once more for the gradient, whose ignored rows are only written.
+        elements = shape.counted * shape.V * (1 if forward else 2) + (0 if forward else shape.N * shape.V)
+        bound = "read"
+    big = shape.E > 0 and float(shape.N) * shape.V * shape.E > CHECK_LIMIT
+    return Case(
+        op=shape.op,
+        name=shape.name,
+        dtype=dtype,
+        direction=direction,
+        shape=shape.sizes,
+        flops=flops,
+        bytes=float(elements * dtype.itemsize),
+        bound=bound,
+        make_inputs=lambda: make_inputs(shape, dtype),
+        expected=lambda inputs: expected(inputs, direction),
+        contenders=LINEAR_CONTENDERS if shape.E else LOGITS_CONTENDERS,
+        check_inputs=first_tokens if big else None,
+        quick=shape.quick,
+    )
+
+
+def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
+    """Logits of a spread of about 2, as a trained model's; the ignored labels come first, as a prompt does."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size: int, scale: float = 1.0) -> torch.Tensor:
+        return (torch.randn(size, generator=generator) * scale).to(dtype)
+
+    target = torch.randint(shape.V, (shape.N,), generator=generator)
+    target[: shape.N - shape.counted] = IGNORE
+    inputs: Inputs = {"target": target, "upstream": torch.ones(())}
+    if shape.E:
+        inputs["hidden"] = random(shape.N, shape.E)
+        inputs["weight"] = random(shape.V, shape.E, scale=2.0 * shape.E**-0.5)
+    else:
+        inputs["logits"] = random(shape.N, shape.V, scale=2.0)
+    return inputs
+
+
+def first_tokens(inputs: Inputs) -> Inputs:
+    """The same problem for a few tokens that count."""
+    rows = (inputs["target"] != IGNORE).nonzero()[:CHECK_TOKENS, 0]
+    small = dict(inputs)
+    for name in ("hidden", "logits", "target"):
+        if name in inputs:
+            small[name] = inputs[name][rows].contiguous()
+    return small
+
+
+def expected(inputs: Inputs, direction: str) -> list[Expected]:
+    """The oracle's mean loss and gradients in fp64, summed over chunks of tokens to bound the memory."""
+    names = _leaves(inputs)
+    exact = {name: inputs[name].double() for name in names}
+    target = inputs["target"]
+    count = int((target != IGNORE).sum())
+    total = torch.zeros((), dtype=torch.float64)
+    gradients = {name: torch.zeros_like(value) for name, value in exact.items()}
+    for start in range(0, len(target), CHUNK):
+        rows = slice(start, start + CHUNK)
+        part = {name: value if name == "weight" else value[rows] for name, value in exact.items()}
+        part = {name: value.detach().requires_grad_(direction != "forward") for name, value in part.items()}
+        function: Any = reference.linear_cross_entropy if "weight" in part else reference.cross_entropy
+        loss = function(*part.values(), target[rows], ignore_index=IGNORE, reduction="sum") / count
+        total += loss.detach()
+        if direction == "forward":
+            continue
+        for name, value in zip(names, torch.autograd.grad(loss, list(part.values())), strict=True):
+            if name == "weight":
+                gradients[name] += value
+            else:
+                gradients[name][rows] = value
+    found = [Expected("out", (), total)]
+    if direction != "forward":
+        found += [Expected(f"grad {name}", (), gradients[name]) for name in names]
+    return found
+
+
+def _leaves(inputs: Inputs) -> tuple[str, ...]:
+    return ("hidden", "weight") if "weight" in inputs else ("logits",)
+
+
+def _make(function: Function) -> Callable[[Case, Inputs], Run]:
+    return lambda case, inputs: timed(case.direction, function, inputs, _leaves(inputs), inputs["upstream"])
+
+
+def _torch_linear(case: Case, inputs: Inputs, chunked: bool = False) -> Run:
+    function = getattr(F, "linear_cross_entropy", None)
+    if function is None:
+        raise Unavailable("this torch has no F.linear_cross_entropy")
+    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    return _make(lambda x: function(x["hidden"], x["weight"], x["target"], ignore_index=IGNORE, options=options))(
+        case, inputs
+    )
+
+
+LINEAR_CONTENDERS = (
+    Contender(
+        "gpt4v_fast",
+        _make(lambda x: gf.linear_cross_entropy(x["hidden"], x["weight"], x["target"])),
+        ours=True,
+    ),
+    Contender(
+        "F.cross_entropy(F.linear().float())",
+        _make(lambda x: F.cross_entropy(F.linear(x["hidden"], x["weight"]).float(), x["target"])),
+    ),
+    Contender("F.linear_cross_entropy", _torch_linear),
+    Contender("F.linear_cross_entropy, chunked", lambda case, inputs: _torch_linear(case, inputs, chunked=True)),
+)
+LOGITS_CONTENDERS = (
+    Contender("gpt4v_fast", _make(lambda x: gf.cross_entropy(x["logits"], x["target"])), ours=True),
+    Contender("F.cross_entropy", _make(lambda x: F.cross_entropy(x["logits"], x["target"]))),
+    Contender("F.cross_entropy(logits.float())", _make(lambda x: F.cross_entropy(x["logits"].float(), x["target"]))),
+)
+
+
+if __name__ == "__main__":
+    from .runner import main
+
+    sys.exit(main(ops=["cross_entropy", "linear_cross_entropy"]))

@@ -1,0 +1,189 @@
+"""What is timed: named cases, each with its cost, its inputs, its exact answer and its contenders.
+
+A new peer is one `Contender` in the list of its op's module; where it can't run, its `make` raises `Unavailable`
+with the reason, which is printed in place of a time.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+# Where an op's cases are: `cases()` of the module of this package.
+MODULES = {
+    "attention": "attention",
+    "cross_entropy": "loss",
+    "linear_cross_entropy": "loss",
+    "patch_embed": "patch_embed",
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DIRECTIONS = ("forward", "backward", "forward+backward")
+
+Inputs = dict[str, Any]
+Outputs = dict[str, torch.Tensor]
+Run = Callable[[], Outputs]
+Function = Callable[[Inputs], Any]  # a forward pass: returns a tensor
+
+
+class Unavailable(RuntimeError):
+    """Raised by a contender that can't run here; the message is the reason that is printed."""
+
+
+class Expected(NamedTuple):
+    """A part of an output and its exact value: outputs[name][index] should be `exact` (fp64)."""
+
+    name: str
+    index: Any
+    exact: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case. `make(case, inputs)` does what need not be timed and returns one timed call."""
+
+    name: str
+    make: Callable[[Case, Inputs], Run]
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the report.
+
+    Args:
+        name: unique within op, dtype and direction.
+        shape: sizes by the letters of the shape alphabet, for people.
+        flops, bytes: what the mathematics needs, whatever a contender does.
+        bound: the probe of peaks.py that limits it: "fma", "dot_bf16" or "read".
+        make_inputs: the same inputs at every call (seeded).
+        expected: exact values of (parts of) the outputs for these inputs.
+        check_inputs: smaller inputs to check on where the exact answer of the real ones would take too long.
+        copies: how many copies of the inputs the calls take in turn, so that they come from memory, not from a cache.
+        quick: part of `--quick`, which runs nothing else.
+    """
+
+    op: str
+    name: str
+    dtype: torch.dtype
+    direction: str
+    shape: Mapping[str, int]
+    flops: float
+    bytes: float
+    bound: str
+    make_inputs: Callable[[], Inputs]
+    expected: Callable[[Inputs], list[Expected]]
+    contenders: tuple[Contender, ...]
+    check_inputs: Callable[[Inputs], Inputs] | None = None
+    copies: int = 1
+    quick: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        return dtype_name(self.dtype)
+
+    @property
+    def id(self) -> str:
+        return f"{self.op}/{self.name}/{self.dtype_name}/{self.direction}"
+
+    @property
+    def work(self) -> float:
+        """What is divided by time and compared with the peak: GFLOP, or GB where memory is the bound."""
+        return 1e-9 * (self.bytes if self.bound == "read" else self.flops)
+
+    def __str__(self) -> str:
+        return self.id
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return next((name for name, value in DTYPES.items() if value == dtype), str(dtype))
+
+
+def compute_bound(dtype: torch.dtype) -> str:
+    """The instruction that matrix products of this dtype run on."""
+    return "dot_bf16" if dtype == torch.bfloat16 else "fma"
+
+
+def cases(
+    *,
+    ops: Iterable[str] | None = None,
+    dtypes: Iterable[str] | None = None,
+    names: Iterable[str] | None = None,
+    directions: Iterable[str] | None = None,
+    quick: bool = False,
+) -> list[Case]:
+    """The registered cases that fit every filter; `names` match parts of a case's name.
+
+    Raises:
+        ValueError: an unknown op, dtype or direction, or filters that leave nothing.
+    """
+    wanted_ops = _known("op", ops, MODULES)
+    wanted_dtypes = _known("dtype", dtypes, DTYPES)
+    wanted_directions = _known("direction", directions, DIRECTIONS)
+    found: list[Case] = []
+    for module in dict.fromkeys(MODULES[op] for op in wanted_ops):
+        found += importlib.import_module(f".{module}", __package__).cases()
+    chosen = [
+        case
+        for case in found
+        if case.op in wanted_ops
+        and case.dtype_name in wanted_dtypes
+        and case.direction in wanted_directions
+        and case.quick == quick
+        and (names is None or any(name in case.name for name in names))
+    ]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(case.name for case in found if case.quick == quick))
+        asked = ", ".join([*(names or ["any"]), *wanted_dtypes, *wanted_directions])
+        raise ValueError(f"case: expected a part of one of {known}, in a dtype and direction it has, got {asked}")
+    return chosen
+
+
+def _known(what: str, given: Iterable[str] | None, allowed: Iterable[str]) -> list[str]:
+    allowed = list(allowed)
+    given = allowed if given is None else list(given)
+    for name in given:
+        if name not in allowed:
+            raise ValueError(f"{what}: expected one of {', '.join(allowed)}, got {name!r}")
+    return given
+
+
+def timed(
+    direction: str,
+    function: Function,
+    inputs: Inputs,
+    leaves: Sequence[str],
+    upstream: torch.Tensor,
+) -> Run:
+    """A contender's call from its forward function.
+
+    "forward" runs it without gradients; "forward+backward" also takes the gradients of `leaves` under `upstream`;
+    "backward" takes them from a graph made beforehand.
+    """
+    if direction == "forward":
+
+        def forward() -> Outputs:
+            with torch.no_grad():
+                return {"out": function(inputs)}
+
+        return forward
+
+    needed = {name: inputs[name].detach().requires_grad_() for name in leaves}
+    differentiable = {**inputs, **needed}
+
+    def gradients(out: torch.Tensor, keep: bool) -> Outputs:
+        values = torch.autograd.grad(out, list(needed.values()), upstream.to(out.dtype), retain_graph=keep)
+        return {f"grad {name}": value for name, value in zip(leaves, values, strict=True)}
+
+    if direction == "backward":
+        out = function(differentiable)
+        return lambda: gradients(out, True)
+
+    def forward_backward() -> Outputs:
+        out = function(differentiable)
+        return {"out": out.detach(), **gradients(out, False)}
+
+    return forward_backward
