@@ -81,6 +81,10 @@ def attention_core(
     B, H, S, D = q.shape
     Hkv, T = k.shape[1], k.shape[2]
     scale = D**-0.5 if scale is None else scale
+    if ids.key_lengths is not None:
+        # Past its length a cache holds anything, NaN too, and 0 * NaN would reach the sums.
+        past = torch.arange(T, device=q.device) >= ids.key_lengths[:, None]
+        k, v = (x.masked_fill(past[:, None, :, None], 0.0) for x in (k, v))
     k = k.repeat_interleave(H // Hkv, dim=1)
     v = v.repeat_interleave(H // Hkv, dim=1)
 

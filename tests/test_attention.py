@@ -80,7 +80,7 @@ def test_random_combinations_match_the_oracle(data):
         sinks=draw(st.booleans()),
         softcap=draw(st.none() | st.sampled_from([1.0, 15.0])),
         # Hypothesis looks for the one element in a million where native PyTorch was lucky and cancellation is worst.
-        floor_ulps=64 if dtype == FP32 else 2,
+        floor_ulps=64 if dtype == FP32 else 8,
     )  # fmt: skip
     check(case, draw(st.sampled_from(ISAS)))
 

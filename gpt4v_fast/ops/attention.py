@@ -203,7 +203,8 @@ def check_bias(
     checks.check_tensor("bias", bias, dtypes=(*checks.FLOAT_DTYPES, torch.bool))
     checks.check_device("bias", bias, "q", q)
     padded = (1,) * (4 - bias.dim()) + tuple(bias.shape)
-    if len(padded) != 4 or any(size not in (1, full) for size, full in zip(padded, shape, strict=True)):
+    # Spelled with ==: under torch.compile, `in` does not compare a number with a symbolic size.
+    if len(padded) != 4 or any(size != 1 and size != full for size, full in zip(padded, shape, strict=True)):
         raise ValueError(f"bias: expected a shape broadcastable to (B, H, S, T) = {shape}, got {tuple(bias.shape)}")
     return bias.reshape(padded) if bias.dim() < 4 else bias
 
@@ -213,7 +214,7 @@ def check_alibi(slopes: torch.Tensor | None, q: torch.Tensor, B: int, H: int) ->
         return None
     checks.check_tensor("alibi_slopes", slopes, dtypes=(torch.float32,))
     checks.check_device("alibi_slopes", slopes, "q", q)
-    if tuple(slopes.shape) not in ((H,), (B, H)):
+    if tuple(slopes.shape) != (H,) and tuple(slopes.shape) != (B, H):
         raise ValueError(f"alibi_slopes: expected shape {(H,)} or {(B, H)}, got {tuple(slopes.shape)}")
     if slopes.requires_grad and torch.is_grad_enabled():
         raise ValueError("alibi_slopes: expected a tensor that needs no gradient (use bias to learn one), got one that does")
@@ -295,26 +296,27 @@ def _attention_backward(
     v: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
+    *rest, needs_dbias = rest
     options = AttentionOptions(*rest)
     bias, sinks = options.bias, options.sinks
-    needs_bias = bias is not None and bias.dtype != torch.bool
-    none = q.new_empty(0)
     backend = backends.pick(describe(q, k, v, options)).backend
     if backend == "cpu":
         q, k, v, dout = (last_dim_contiguous(x) for x in (q, k, v, dout))
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        dbias = torch.zeros(bias.shape, dtype=torch.float32) if needs_bias and bias is not None else None
+        dbias = torch.zeros(bias.shape, dtype=torch.float32) if needs_dbias and bias is not None else None
         dsinks = torch.zeros(sinks.shape, dtype=torch.float32) if sinks is not None else None
         call_native(_C.attention_backward, q, k, v, options, out, lse, dout, dlse, dq, dk, dv, dbias, dsinks)
-        dbias = dbias.to(bias.dtype) if dbias is not None and bias is not None else none
-        dsinks = dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else none
+        # Two empty tensors, not one twice: the outputs of an op must not alias.
+        dbias = dbias.to(bias.dtype) if dbias is not None and bias is not None else q.new_empty(0)
+        dsinks = dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else q.new_empty(0)
         return dq, dk, dv, dbias, dsinks
     if backend == "triton":
         from gpt4v_fast.kernels import attention as kernel
 
         arguments = _triton_arguments(q, k, options)
-        return (*kernel.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **arguments), none, none)
-    return reference_backward(_run_reference, (q, k, v), options, dout, dlse)
+        gradients = kernel.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **arguments)
+        return (*gradients, q.new_empty(0), q.new_empty(0))
+    return reference_backward(_run_reference, (q, k, v), options, dout, dlse, needs_dbias)
 
 
 def reference_backward(
@@ -323,14 +325,14 @@ def reference_backward(
     options: AttentionOptions,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
+    needs_dbias: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """The gradients by autograd over the oracle, in fp32, each in its input's dtype."""
+    """The gradients by autograd over the oracle, in fp32, each in its input's dtype; empty where there is none."""
     bias, sinks = options.bias, options.sinks
-    needs_bias = bias is not None and bias.dtype != torch.bool
     with torch.enable_grad():
         leaves = [x.detach().float().requires_grad_() for x in qkv]
         extra = {}
-        if needs_bias and bias is not None:
+        if needs_dbias and bias is not None:
             extra["bias"] = bias.detach().float().requires_grad_()
         if sinks is not None:
             extra["sinks"] = sinks.detach().float().requires_grad_()
@@ -338,10 +340,9 @@ def reference_backward(
         upstream = [dout.float(), torch.zeros_like(lse) if dlse is None else dlse]
         inputs = [*leaves, *extra.values()]
         gradients = list(torch.autograd.grad([out, lse], inputs, upstream, allow_unused=True, materialize_grads=True))
-    none = dout.new_empty(0)
     dq, dk, dv = (g.to(x.dtype) for g, x in zip(gradients[:3], qkv, strict=True))
-    dbias = gradients[3].to(bias.dtype) if needs_bias and bias is not None else none
-    dsinks = gradients[-1].to(sinks.dtype) if sinks is not None else none
+    dbias = gradients[3].to(bias.dtype) if needs_dbias and bias is not None else dout.new_empty(0)
+    dsinks = gradients[-1].to(sinks.dtype) if sinks is not None else dout.new_empty(0)
     return dq, dk, dv, dbias, dsinks
 
 
@@ -426,8 +427,8 @@ def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: An
 def attention_backward_fake(
     dout: torch.Tensor, dlse: Any, out: Any, lse: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    bias, sinks = rest[0], rest[2]
-    dbias = q.new_empty(0) if bias is None or bias.dtype == torch.bool else bias.new_empty(bias.shape)
+    bias, sinks, needs_dbias = rest[0], rest[2], rest[-1]
+    dbias = bias.new_empty(bias.shape) if needs_dbias else q.new_empty(0)
     dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias, dsinks
 
@@ -441,10 +442,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[Any, ...]:
     out, lse, q, k, v, *options = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout
-    dq, dk, dv, dbias, dsinks = _attention_backward_op(dout, dlse, out, lse, q, k, v, *options, *ctx.scalars)
-    bias, sinks = options[0], options[2]
-    has_dbias = bias is not None and bias.dtype != torch.bool
-    head = (dq, dk, dv, dbias if has_dbias else None, None, dsinks if sinks is not None else None)
+    # A mask in the form of a bias is common and needs none: its gradient would cost two more products.
+    needs_dbias = ctx.needs_input_grad[3]
+    dq, dk, dv, dbias, dsinks = _attention_backward_op(
+        dout, dlse, out, lse, q, k, v, *options, *ctx.scalars, needs_dbias
+    )
+    sinks = options[2]
+    head = (dq, dk, dv, dbias if needs_dbias else None, None, dsinks if sinks is not None else None)
     return (*head, *[None] * 14)
 
 
@@ -457,7 +461,7 @@ _attention_op = library.define_op(
 )
 _attention_backward_op = library.define_op(
     "attention_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}, bool needs_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     attention_backward_fake,
 )

@@ -230,8 +230,8 @@ def _attention_varlen_backward(
             dout, None if dlse is None else dlse[None], *gradients, None, dsinks,
             cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
         )  # fmt: skip
-        none = dq.new_empty(0)
-        return dq, dk, dv, none, dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else none
+        dsinks = dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else dq.new_empty(0)
+        return dq, dk, dv, dq.new_empty(0), dsinks
 
     def run(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
@@ -276,7 +276,7 @@ def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tupl
 def _backward_fake(
     dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, cu_q: Any, cu_k: Any, *rest: Any
 ) -> tuple[torch.Tensor, ...]:
-    return attention_backward_fake(dout, dlse, out, lse, q, k, v, *rest)
+    return attention_backward_fake(dout, dlse, out, lse, q, k, v, *rest, False)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
