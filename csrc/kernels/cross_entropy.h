@@ -34,20 +34,19 @@ static inline void cap_block(const float* x, const Cap& cap, int64_t count, floa
     for (int64_t j = 0; j < count; ++j) z[j] = x[j];
 }
 
-// The statistics of one block of columns that starts at `first`.
-static Statistics block_statistics(const float* x, const float* z, int64_t count, int64_t first,
+// The statistics of one block of columns that starts at `first`; argmax only where the block has a logit above
+// `so_far`.
+static Statistics block_statistics(const float* x, const float* z, int64_t count, int64_t first, float so_far,
                                    const Cap& cap, const Classes& classes) {
   Statistics s;
   float best = -kInfinity;
 #pragma omp simd reduction(max : best)
   for (int64_t j = 0; j < count; ++j) best = x[j] > best ? x[j] : best;
   s.best = best;
-  s.argmax = first;
-  for (int64_t j = 0; j < count; ++j)
-    if (x[j] == best) {
-      s.argmax = first + j;
-      break;
-    }
+  if (best > so_far) {
+    while (x[s.argmax] != best) ++s.argmax;
+    s.argmax += first;
+  }
   const float origin = origin_of(cap(best));
   s.origin = origin;
   float sum = 0.0f;
@@ -79,7 +78,7 @@ static void forward_row(const CrossEntropyArgs& a, const Classes& classes, const
     const int64_t count = min_of(kBlock, classes.V - first);
     load_block(logits + first * stride, stride, count, x);
     cap_block(x, cap, count, z);
-    total.merge(block_statistics(x, z, count, first, cap, classes), cap);
+    total.merge(block_statistics(x, z, count, first, total.best, cap, classes), cap);
     if (label >= first && label < first + count) target_z = z[label - first];
   }
   write_counted_row(a, classes, row, total, target_z);

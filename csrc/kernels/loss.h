@@ -98,11 +98,11 @@ struct Classes {
 
   // Weights of columns [first, first + count) for sums over the classes; returns their sum.
   double copy(int64_t first, int64_t count, float* to) const {
+    for (int64_t j = 0; j < count; ++j) to[j] = weight(first + j);
+    if (data == nullptr) return static_cast<double>(count);
     double sum = 0.0;
-    for (int64_t j = 0; j < count; ++j) {
-      to[j] = weight(first + j);
-      sum += to[j];
-    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < count; ++j) sum += to[j];
     return sum;
   }
 };
@@ -131,8 +131,7 @@ static void write_uncounted_row(const Args& a, const Classes& classes, int64_t r
 
 // A counted row, from the statistics of all its columns and its label's z.
 template <class Args>
-static void write_counted_row(const Args& a, const Classes& classes, int64_t row, const Statistics& s,
-                              float target_z) {
+static void write_counted_row(const Args& a, const Classes& classes, int64_t row, const Statistics& s, float target_z) {
   const double eps = classes.smoothing;
   const double log_sum = __builtin_log(s.sum);
   const double exact_lse = s.origin + log_sum;
