@@ -100,10 +100,18 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
   const Slopes slopes(a, classes, row);
   alignas(64) float x[kBlock];
   alignas(64) float z[kBlock];
+  alignas(64) float slope[kBlock];  // dz/dx
   for (int64_t first = 0; first < classes.V; first += kBlock) {
     const int64_t count = min_of(kBlock, classes.V - first);
     load_block(logits + first * stride, stride, count, x);
-    cap_block(x, cap, count, z);
+    if (cap.active())
+      for (int64_t j = 0; j < count; ++j) {
+        const TanhAndSlope t = tanh_and_slope(x[j] * cap.inverse);
+        z[j] = cap.softcap * t.value;
+        slope[j] = t.slope;
+      }
+    else
+      for (int64_t j = 0; j < count; ++j) z[j] = x[j];
     // From here x holds the gradient.
     for (int64_t j = 0; j < count; ++j) x[j] = slopes.p * exp((z[j] - lse) - lse_low);
     if (classes.smoothing > 0.0f) {
@@ -114,7 +122,7 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
     if (label >= first && label < first + count)
       x[label - first] = slopes.label(exp((z[label - first] - lse) - lse_low));
     if (cap.active())
-      for (int64_t j = 0; j < count; ++j) x[j] *= 1.0f - (z[j] * cap.inverse) * (z[j] * cap.inverse);
+      for (int64_t j = 0; j < count; ++j) x[j] *= slope[j];
     T* to = gradient + first * out_stride;
     if (out_stride == 1)
       for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(x[j]);

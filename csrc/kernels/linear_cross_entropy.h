@@ -69,13 +69,12 @@ struct WeightTile {
   float class_weight[kTileRows];
 
   template <class T>
-  void load(const LinearCrossEntropyArgs& a, const RowsOf<T>& weight, const Classes& classes,
-            int64_t first_row, int64_t rows) {
+  void load(const LinearCrossEntropyArgs& a, const RowsOf<T>& weight, const Classes& classes, int64_t first_row,
+            int64_t rows) {
     const int64_t E = a.weight.size[1];
     first = first_row, count = rows;
     for (int64_t i = 0; i * kRows < rows; ++i)
-      pack_rows_as_lanes(weight, first + i * kRows, min_of(kRows, rows - i * kRows), E, kRows,
-                         panels + i * E * kRows);
+      pack_rows_as_lanes(weight, first + i * kRows, min_of(kRows, rows - i * kRows), E, kRows, panels + i * E * kRows);
     for (int64_t r = 0; r < rows; ++r)
       bias[r] = a.bias.defined ? load_any(a.bias, (first + r) * a.bias.stride[0]) : 0.0f;
     class_weight_sum = classes.smoothing > 0.0f ? classes.copy(first, rows, class_weight) : 0.0;
@@ -104,8 +103,8 @@ struct Lanes {
 
   // Takes in the logits of `rows` classes, the first of them `first`; leaves z in the tile. `weight_before`
   // is the sum of the class weights taken in so far.
-  void take(float* tile, int64_t first, int64_t rows, const float* class_weight, double weight_before,
-            const Cap& cap, bool smoothing) {
+  void take(float* tile, int64_t first, int64_t rows, const float* class_weight, double weight_before, const Cap& cap,
+            bool smoothing) {
     float largest[kCols], moved[kCols], tile_sum[kCols] = {};
     int32_t where[kCols] = {};
     for (int c = 0; c < kCols; ++c) largest[c] = -kInfinity;
@@ -197,8 +196,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
     for (int64_t i = 0; i < tokens; ++i) {
       Statistics total;
       for (int64_t range = 0; range < ranges; ++range)
-        total.merge(partial[range * strips + i / kCols].of(static_cast<int>(i % kCols), range_weight[range]),
-                    cap);
+        total.merge(partial[range * strips + i / kCols].of(static_cast<int>(i % kCols), range_weight[range]), cap);
       write_counted_row(a, classes, counted.rows[n + i], total, target_z[i]);
     }
   }

@@ -36,28 +36,28 @@ struct TokenSlopes {
     }
   }
 
-  // gradient[r * stride + c] of the logits in the tile, which it uses up.
+  // gradient[r * stride + c] of the logits in the tile.
   void gradient(const LinearCrossEntropyArgs& a, const Classes& classes, const Cap& cap, const WeightTile& weight,
-                float* tile, float* gradient, int64_t stride) const {
+                const float* tile, float* gradient, int64_t stride) const {
     for (int64_t r = 0; r < weight.count; ++r) {
-      float* z = tile + r * kCols;
+      const float* x = tile + r * kCols;
       float* to = gradient + r * stride;
       const float w = classes.smoothing > 0.0f ? weight.class_weight[r] : 0.0f;
       if (cap.active())
-        for (int c = 0; c < kCols; ++c) z[c] = cap.softcap * tanh(z[c] * cap.inverse);
-      for (int c = 0; c < kCols; ++c) to[c] = p[c] * exp((z[c] - lse[c]) - lse_low[c]) - all[c] * w;
+        for (int c = 0; c < kCols; ++c) {
+          const TanhAndSlope t = tanh_and_slope(x[c] * cap.inverse);
+          to[c] = t.slope * (p[c] * exp((cap.softcap * t.value - lse[c]) - lse_low[c]) - all[c] * w);
+        }
+      else
+        for (int c = 0; c < kCols; ++c) to[c] = p[c] * exp((x[c] - lse[c]) - lse_low[c]) - all[c] * w;
     }
     for (int c = 0; c < kCols; ++c) {
       const int64_t r = label[c] - weight.first;
       if (r < 0 || r >= weight.count) continue;
-      const float probability = exp((tile[r * kCols + c] - lse[c]) - lse_low[c]);
-      gradient[r * stride + c] = Slopes(a, classes, row[c]).label(probability);
+      const float x = tile[r * kCols + c];
+      const float slope = cap.active() ? tanh_and_slope(x * cap.inverse).slope : 1.0f;
+      gradient[r * stride + c] = slope * Slopes(a, classes, row[c]).label(exp((cap(x) - lse[c]) - lse_low[c]));
     }
-    for (int64_t r = 0; cap.active() && r < weight.count; ++r)
-      for (int c = 0; c < kCols; ++c) {
-        const float t = tile[r * kCols + c] * cap.inverse;
-        gradient[r * stride + c] *= 1.0f - t * t;
-      }
   }
 };
 
@@ -75,16 +75,13 @@ static T* row_of(const View& view, int64_t row) {
 }
 
 // A gradient that is its own fp32 sum needs no other.
-static inline bool holds_sums(const View& view) {
-  return view.dtype == DType::kFloat32 && view.stride[1] == 1;
-}
+static inline bool holds_sums(const View& view) { return view.dtype == DType::kFloat32 && view.stride[1] == 1; }
 
 // One backward call: its sizes, its scratch, and the passes over (vocabulary, tokens).
 template <class T>
 class LinearBackward {
  public:
-  LinearBackward(const LinearCrossEntropyArgs& args, const Classes& classes_of_call, const Counted& rows,
-                 int threads)
+  LinearBackward(const LinearCrossEntropyArgs& args, const Classes& classes_of_call, const Counted& rows, int threads)
       : a(args),
         classes(classes_of_call),
         cap(args.softcap),

@@ -28,17 +28,14 @@ struct RowsOf {
   const int64_t* index;  // or null
 
   RowsOf(const View& view, const int64_t* rows)
-      : data(static_cast<const T*>(view.data)),
-        row_stride(view.stride[0]),
-        col_stride(view.stride[1]),
-        index(rows) {}
+      : data(static_cast<const T*>(view.data)), row_stride(view.stride[0]), col_stride(view.stride[1]), index(rows) {}
   const T* row(int64_t i) const { return data + (index == nullptr ? i : index[i]) * row_stride; }
 };
 
 // to[e * width + r] = source(first + r, e) for r < count, 0 for the other r < width: the rows become lanes.
 template <class T>
-static void pack_rows_as_lanes(const RowsOf<T>& source, int64_t first, int64_t count, int64_t E,
-                               int64_t width, float* to) {
+static void pack_rows_as_lanes(const RowsOf<T>& source, int64_t first, int64_t count, int64_t E, int64_t width,
+                               float* to) {
   for (int64_t r = 0; r < width; ++r) {
     if (r >= count) {
       for (int64_t e = 0; e < E; ++e) to[e * width + r] = 0.0f;
@@ -54,8 +51,7 @@ template <class T>
 static void pack_tokens_by_team(const RowsOf<T>& source, int64_t first, int64_t count, int64_t E, float* to) {
 #pragma omp for schedule(static)
   for (int64_t s = 0; s < ceil_div(count, kCols); ++s)
-    pack_rows_as_lanes(source, first + s * kCols, min_of(kCols, count - s * kCols), E, kCols,
-                       to + s * E * kCols);
+    pack_rows_as_lanes(source, first + s * kCols, min_of(kCols, count - s * kCols), E, kCols, to + s * E * kCols);
 }
 
 // Strips of kCols columns: to[(s * rows + r) * kCols + c] = source(first + r, s * kCols + c), 0 past the last

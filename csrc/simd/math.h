@@ -16,9 +16,7 @@ namespace gpt4v_fast::GPT4V_FAST_ISA {
 constexpr float kRoundingShift = 12582912.0f;
 
 // 2^n of the integer n in [-126, 127] that `shifted` = n + kRoundingShift holds.
-static inline float power_of_two(float shifted) {
-  return bits_to_float((float_to_bits(shifted) + 127u) << 23);
-}
+static inline float power_of_two(float shifted) { return bits_to_float((float_to_bits(shifted) + 127u) << 23); }
 
 // 2^x for x in [-126, 127], relative error 1.1e-7; 0 below, infinity above.
 static inline float exp2(float x) {
@@ -50,17 +48,26 @@ static inline float exp(float x) {
   return x > 88.0f ? __builtin_inff() : p;
 }
 
-// tanh(x), relative error 1.8e-7 everywhere. Below 0.55 the odd polynomial of kernels/common.py, above it
-// 1 - 2 / (exp(2|x|) + 1), where nothing cancels because the result is at least 0.5.
-static inline float tanh(float x) {
+struct TanhAndSlope {
+  float value, slope;
+};
+
+// tanh(x), relative error 1.8e-7 everywhere, and its derivative 1 - tanh(x)^2, 1.9e-7 on [-8, 8]. Below 0.55
+// the odd polynomial of kernels/common.py, above it 1 - q with q = 2 / (exp(2|x|) + 1), where nothing cancels because
+// the result is at least 0.5; the derivative is then q (2 - q), right to the last digits where 1 - tanh^2 would be 0.
+static inline TanhAndSlope tanh_and_slope(float x) {
   const float magnitude = x < 0.0f ? -x : x;
   const float square = x * x;
   float tail = mul_add(square, 0.01643758f, -0.05267181f);
   tail = mul_add(square, tail, 0.13320725f);
   tail = mul_add(square, tail, -0.33332947f);
   const float near = mul_add(x * square, tail, x);
-  const float far = 1.0f - 2.0f / (exp(magnitude + magnitude) + 1.0f);
-  return magnitude < 0.55f ? near : (x < 0.0f ? -far : far);
+  const float q = 2.0f / (exp(magnitude + magnitude) + 1.0f);
+  const float far = x < 0.0f ? q - 1.0f : 1.0f - q;
+  const bool is_near = magnitude < 0.55f;
+  return {is_near ? near : far, is_near ? 1.0f - near * near : q * (2.0f - q)};
 }
+
+static inline float tanh(float x) { return tanh_and_slope(x).value; }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA
