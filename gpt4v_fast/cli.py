@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", _demo, "trains a small model on scanned digits, then asks it about held-out ones")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where results go (default: runs/demo)")
-    demo.add_argument("--steps", type=_count, metavar="N", help="training steps (default: enough to learn, 1200)")
+    demo.add_argument("--steps", type=_count, metavar="N", help="training steps (default: enough to learn, 700)")
     demo.add_argument("--seed", type=int, metavar="N", help="of the weights and the batches (default: 0)")
     _json_flag(demo)
 

@@ -124,9 +124,7 @@ def answer(task: str, language: str, digits: Sequence[int]) -> str:
     raise ValueError(f"task must be one of {TASKS}, got {task!r}")
 
 
-def example(
-    task: str, language: str, split: Digits, images: tuple[int, ...], question: str | None = None
-) -> Example:
+def example(task: str, language: str, split: Digits, images: tuple[int, ...], question: str | None = None) -> Example:
     """A question about the digits at `images`, the first wording unless `question` is given."""
     digits = [int(split.labels[i]) for i in images]
     wording = QUESTIONS[task, language][0] if question is None else question
@@ -155,11 +153,11 @@ def translations() -> list[tuple[str, str]]:
 
 def texts() -> list[str]:
     """Plain text without images: sentences, and translations both ways."""
-    lines = list(SENTENCES) * 4
+    lines = []
     for english, chinese in translations():
         lines.append(f"Translate English to Chinese: {english} => {chinese}")
         lines.append(f"把中文翻译成英文：{chinese} => {english}")
-    return lines
+    return list(SENTENCES) * (len(lines) // len(SENTENCES)) + lines  # as many of one kind as of the other
 
 
 def all_text() -> Iterator[str]:

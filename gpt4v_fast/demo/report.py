@@ -21,6 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; p
 p { margin: .3rem 0; color: #334155 } img, svg { max-width: 100%; height: auto }
 table { border-collapse: collapse } td, th { padding: .25rem .9rem .25rem 0; text-align: left }
 th { color: #64748b; font-weight: 500 } td.n { text-align: right; font-variant-numeric: tabular-nums }
+.pair { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-end }
 .grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)) }
 .card { border: 1px solid #e2e8f0; border-left: 4px solid #16a34a; border-radius: .4rem; padding: .7rem }
 .card.wrong { border-left-color: #dc2626 } .card img { height: 4rem; image-rendering: pixelated; margin-right:
@@ -58,7 +59,7 @@ def _loss_curves(ours: list[float], stock: list[float]) -> str:
     whole.semilogy(np.arange(len(smooth)) + window - 1, smooth, color=OURS)
     whole.set(title="The whole run, our kernels", xlabel="step", ylabel="loss")
     count = len(stock)
-    start.plot(ours[:count], color=OURS, linewidth=2.5, label="our kernels")
+    start.plot(ours[:count], color=OURS, linewidth=5, alpha=0.35, label="our kernels")
     start.plot(stock, color=STOCK, linewidth=1.2, linestyle="--", label="stock PyTorch")
     start.set(title=f"The first {count} steps of both, from one seed", xlabel="step")
     start.legend(frameon=False)
@@ -76,7 +77,7 @@ def _accuracy_bars(tasks: dict[str, Any], targets: dict[str, float]) -> str:
         if task in targets:
             axis.hlines(100 * targets[task], place - 0.42, place + 0.42, color="#dc2626", linewidth=1.2)
     axis.set(ylabel="right answers, %", ylim=(0, 112), xticks=range(len(data.TASKS)), xticklabels=data.TASKS)
-    axis.legend(frameon=False, loc="lower right")
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
     return _svg(figure)
 
 
@@ -99,9 +100,10 @@ def _picture(image: np.ndarray) -> str:
 
 
 def choose(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Up to six wrong answers and so many right ones of every task and language that sixteen are shown."""
+    """Sixteen items: up to six wrong ones and right ones of every task and language, or more wrong ones."""
     wrong = [item for item in items if not item["right"]]
-    shown = wrong[:: max(1, len(wrong) // SHOWN_WRONG)][:SHOWN_WRONG]
+    spread = wrong[:: max(1, len(wrong) // SHOWN_WRONG)][:SHOWN_WRONG]
+    shown = list(spread)
     kinds = [(task, language) for task in data.TASKS for language in data.LANGUAGES]
     right = {kind: [i for i in items if i["right"] and (i["task"], i["language"]) == kind] for kind in kinds}
     depth = 0
@@ -110,6 +112,7 @@ def choose(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if len(shown) < SHOWN and len(group) > depth:
                 shown.append(group[(17 * offset + 31 * depth) % len(group)])
         depth += 1
+    shown += [item for item in wrong if item not in spread][: SHOWN - len(shown)]
     return shown
 
 
@@ -131,22 +134,14 @@ def _score_table(tasks: dict[str, Any]) -> str:
         for language in data.LANGUAGES:
             scores = tasks[task][language]
             cells = (
-                ""
-                if name not in scores
-                else f"{scores[name] * (1 if name in ('bleu', 'rouge_l') else 100):.1f}"
+                "" if name not in scores else f"{scores[name] * (1 if name in ('bleu', 'rouge_l') else 100):.1f}"
                 for name in names
             )
-            rows += (
-                f"<tr><td>{task}, {language}</td>"
-                + "".join(f'<td class="n">{c}</td>' for c in cells)
-                + "</tr>"
-            )
+            rows += f"<tr><td>{task}, {language}</td>" + "".join(f'<td class="n">{c}</td>' for c in cells) + "</tr>"
     return f"<table><tr><th>task</th>{head}</tr>{rows}</table>"
 
 
-def write_report(
-    path: Path, metrics: dict[str, Any], scores: dict[str, Any], losses: dict[str, list[float]]
-) -> None:
+def write_report(path: Path, metrics: dict[str, Any], scores: dict[str, Any], losses: dict[str, list[float]]) -> None:
     """Writes the report.
 
     Args:
@@ -171,9 +166,10 @@ generation.</p> <p>Right answers: {shares}.</p>
 <p>Median step: {step["ours"]:.1f} ms with our kernels, {step["stock"]:.1f} ms with stock PyTorch
 (scaled_dot_product_attention, Conv2d, F.cross_entropy), timed in turn. Largest difference of the losses over
 {metrics["compared_steps"]} steps: {metrics["largest_loss_difference"]:.2g}.</p>
-<h2>Right answers by task</h2>{_accuracy_bars(scores["tasks"], metrics["targets"])}
-<p>Red lines: the targets. All in percent:</p>{_score_table(scores["tasks"])}
-<h2>Which digit it reads</h2>{_confusion(scores["confusion"])}
+<div class="pair"><div><h2>Right answers by task</h2>{_accuracy_bars(scores["tasks"], metrics["targets"])}</div>
+<div><h2>Which digit it reads</h2>{_confusion(scores["confusion"])}</div></div>
+<p>Red lines: the targets.</p>
+<h2>All scores, in percent</h2>{_score_table(scores["tasks"])}
 <h2>Sixteen held-out images</h2><div class="grid">{cards}</div>
 <footer>{facts}; seed {metrics["seed"]}.</footer></html>
 """,

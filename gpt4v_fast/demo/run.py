@@ -33,8 +33,8 @@ def run_demo(args: Any = None) -> int:
     """The whole demo.
 
     Args:
-        args: an object with any of the attributes out (folder, default "runs/demo"), steps, seed and json
-            (print the metrics as JSON, and nothing else, on stdout).
+        args: an object with any of the attributes out (folder, default "runs/demo"), steps, seed, limit (examine
+            only so many held-out digits) and json (print the metrics as JSON, and nothing else, on stdout).
     Returns:
         0, or 1 when a full run misses one of `TARGETS`.
     """
@@ -58,7 +58,7 @@ def run_demo(args: Any = None) -> int:
         f"largest difference of the losses over {len(losses['stock'])} steps: {difference:.3g}"
     )
     save(model, processor, out / "checkpoint")
-    scores = evaluate(str(out / "checkpoint"), progress=True)
+    scores = evaluate(str(out / "checkpoint"), limit=getattr(args, "limit", None), progress=True)
     metrics = {
         "accuracy": scores["accuracy"],
         "targets": TARGETS,
@@ -75,9 +75,7 @@ def run_demo(args: Any = None) -> int:
         "train_s": round(train_s, 1),
         "machine": machine(),
     }
-    (out / "metrics.json").write_text(
-        json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(out / "report.html", metrics, scores, losses)
     (out / "checkpoint" / "README.md").write_text(model_card(metrics), encoding="utf-8")
     for task, share in scores["accuracy"].items():
@@ -144,8 +142,8 @@ def ask_in_a_new_process(out: Path) -> str:
     data.picture(split.images[0]).save(picture)
     code = "import sys; from gpt4v_fast.demo import ask; print(ask(sys.argv[1], sys.argv[2], sys.argv[3]))"
     command = [sys.executable, "-c", code, str(picture), QUESTION, str(out / "checkpoint")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    answer = result.stdout.strip().splitlines()[-1]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    answer = result.stdout.strip()
     return f"a new process reads {picture} (a {int(split.labels[0])}): {QUESTION} -> {answer}"
 
 

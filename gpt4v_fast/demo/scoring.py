@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from ..models import digits_checkpoint
 from ..models.gpt4v import GPT4VForConditionalGeneration, GPT4VProcessor
@@ -19,11 +21,23 @@ PAIR_SEED = 1
 Loaded = tuple[GPT4VForConditionalGeneration, GPT4VProcessor]
 
 
-@lru_cache(maxsize=2)
 def load(checkpoint: str | None = None) -> Loaded:
     """The model in fp32 and eval mode, and its processor; None loads the shipped checkpoint."""
-    folder = digits_checkpoint() if checkpoint is None else checkpoint
-    model = GPT4VForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    folder = digits_checkpoint() if checkpoint is None else str(checkpoint)
+    weights = Path(folder) / "model.safetensors"
+    return _load(folder, weights.stat().st_mtime_ns if weights.is_file() else 0)
+
+
+@lru_cache(maxsize=2)
+def _load(folder: str, written_ns: int) -> Loaded:
+    """`load`, remembered for as long as the folder holds the same weights."""
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = GPT4VForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     return model, GPT4VProcessor.from_pretrained(folder)
 
 
@@ -54,9 +68,7 @@ def ask(image: Any, question: str = "", checkpoint: str | None = None, max_new_t
     images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
     if "<image>" not in question:
         question = "<image>" * len(images) + question
-    return generate_answers(load(checkpoint), [f"<|user|>{question}<|assistant|>"], [images], max_new_tokens)[
-        0
-    ]
+    return generate_answers(load(checkpoint), [f"<|user|>{question}<|assistant|>"], [images], max_new_tokens)[0]
 
 
 def verdict(task: str, text: str) -> int:
@@ -154,17 +166,13 @@ def score(questions: Sequence[data.Example], answers: Sequence[str], split: data
     rows = list(zip(questions, answers, strict=True))
     tasks = {
         task: {
-            language: _score_task(
-                task, [r for r in rows if r[0].task == task and r[0].language == language], split
-            )
+            language: _score_task(task, [r for r in rows if r[0].task == task and r[0].language == language], split)
             for language in data.LANGUAGES
         }
         for task in data.TASKS
     }
     for parts in tasks.values():
-        parts["all"] = {
-            name: round(float(np.mean([p[name] for p in parts.values()])), 4) for name in parts["en"]
-        }
+        parts["all"] = {name: round(float(np.mean([p[name] for p in parts.values()])), 4) for name in parts["en"]}
     confusion = np.zeros((10, 10), int)
     for item, text in rows:
         if item.task == "digit" and 0 <= (said := verdict("digit", text)) <= 9:

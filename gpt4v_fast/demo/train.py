@@ -22,7 +22,7 @@ from ..models.gpt4v import (
 from . import data
 
 # Shares of a batch. Sums are the hardest and see two images; captions and text need little.
-MIXTURE = {"digit": 0.22, "parity": 0.2, "sum": 0.36, "caption": 0.14, "text": 0.08}
+MIXTURE = {"digit": 0.2, "parity": 0.2, "sum": 0.36, "caption": 0.14, "text": 0.1}
 IGNORE = -100
 
 
@@ -32,7 +32,7 @@ class Plan:
     cosine."""
 
     preset: str = "tiny"
-    vocab: int = 640  # the size of the tokenizer; all words of the demo's text fit
+    vocab: int = 640
     steps: int = 700
     batch: int = 64
     learning_rate: float = 2e-3
@@ -65,9 +65,7 @@ def make_model(plan: Plan, **overrides: object) -> tuple[GPT4VForConditionalGene
     """The untrained model from `plan.seed`, and its processor; `overrides` are arguments of `GPT4VConfig`."""
     attention = overrides.pop("attn_implementation", None)
     text = {"vocab_size": plan.vocab}
-    config = GPT4VConfig.from_preset(
-        plan.preset, text_config=text, attn_implementation=attention, **overrides
-    )
+    config = GPT4VConfig.from_preset(plan.preset, text_config=text, attn_implementation=attention, **overrides)
     processor = make_processor(plan, config)
     ids = processor.tokenizer.convert_tokens_to_ids
     config.image_token_id, config.pad_token_id = processor.image_token_id, processor.tokenizer.pad_token_id
@@ -125,7 +123,7 @@ class Batches:
     def collate(self, rows: Sequence[tuple[str, str]], pixels: torch.Tensor) -> Batch:
         """(prompt, answer) pairs, padded on the right; only answers and their end carry labels."""
         end = self.processor.tokenizer.eos_token_id
-        prompts = [self.ids(prompt) if prompt else [end] for prompt, _ in rows]
+        prompts = [self.ids(prompt) for prompt, _ in rows]
         answers = [[*self.ids(text), end] for _, text in rows]
         length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True))
         ids = torch.full((len(rows), length), self.processor.tokenizer.pad_token_id)
