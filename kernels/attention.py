@@ -36,17 +36,18 @@ from gpt4v_fast.kernels.common import (
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
 MAX_HEAD_DIM = 256
+MAX_TILE = 256  # rows of a tile, at most
+MAX_ROW_STRIDE = 2**31 // MAX_TILE - MAX_HEAD_DIM  # elements; offsets inside a tile are 32-bit
 
 
 @triton.jit
 def _tile_pointers(base, rows, columns, stride):
-    """Addresses of a (rows, columns) tile of a matrix with row stride `stride`.
+    """Addresses of a (rows, columns) tile of a matrix with row stride `stride`, below MAX_ROW_STRIDE.
 
-    A loop carries these and adds to them. Measured in registers and instructions of the machine code, that beats a
-    scalar base plus offsets formed anew in every round: 7.1 against 7.4 instructions per score (sm_80, head size 64,
-    tile 128 x 128, 8 warps), and fewer spills elsewhere.
+    A loop carries these and adds to them. Rejected: a scalar base plus offsets formed anew in every round (7.4 against
+    7.1 instructions per score on sm_80, head size 64, tile 128 x 128, 8 warps), and 64-bit offsets (7.3).
     """
-    return base + (rows[:, None] * tl.cast(stride, tl.int64) + columns[None, :])
+    return base + (rows[:, None] * stride + columns[None, :])
 
 
 @triton.jit
@@ -390,6 +391,12 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
+def _kernel_layout(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` where the kernels can walk it: unit stride along the head, rows not absurdly far apart; else a copy."""
+    tensor = last_dim_contiguous(tensor)
+    return tensor if tensor.stride(2) <= MAX_ROW_STRIDE or tensor.shape[2] == 1 else tensor.contiguous()
+
+
 def _positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, float]:
     """(q times factor, scale > 0, factor): the kernels take a row's maximum before scaling, so scale must be positive."""
     if scale > 0.0:
@@ -434,7 +441,7 @@ def attention_forward(
     if out.numel() == 0 or T == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     q, scale, _ = _positive_scale(q, scale)
-    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    q, k, v = _kernel_layout(q), _kernel_layout(k), _kernel_layout(v)
     to_cap, to_log2 = _score_factors(scale, softcap)
     unit, (q_strides, k_strides, v_strides) = strides_in_units(q, k, v)
     with on_device(q):
@@ -480,7 +487,7 @@ def attention_backward(
     if S == 0 or T == 0 or B == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
     q, scale, factor = _positive_scale(q, scale)
-    q, k, v, dout = (last_dim_contiguous(x) for x in (q, k, v, dout.to(q.dtype)))
+    q, k, v, dout = (_kernel_layout(x) for x in (q, k, v, dout.to(q.dtype)))
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     to_cap, to_log2 = _score_factors(scale, softcap)

@@ -1,8 +1,9 @@
 """Every launch table of the Triton kernels: plain data, no triton, a deterministic answer for any device.
 
-`attention(arch, dtype, head_dim)` and `cross_entropy(arch, dtype)` look an entry up; arch is "sm_90", "gfx942" or
-"interpreter". What the compiler makes of each entry is recorded in docs/tuning.md and checked by tests/gpu_compile:
-no spills, and shared memory within what a program of that chip can have. Times are not measured: no GPU was at hand.
+`attention(arch, dtype, head_dim)` and `cross_entropy(arch, dtype, vocabulary)` look an entry up; arch is "sm_90",
+"gfx942" or "interpreter". Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills, at least
+8 warps on a multiprocessor, shared memory that the chip has, then the fewest instructions per score in the unmasked
+loop. Times are not measured: no GPU was at hand. tests/gpu_compile holds every entry to it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """One launch: BLOCK_M queries by BLOCK_N keys, warps of a program, and depth of the software pipeline."""
+    """One launch of an attention kernel.
 
-    block_m: int
-    block_n: int
+    masked is BLOCK_N (BLOCK_M for dk and dv, which walk over queries) in the blocks that a mask cuts; it divides
+    block_n (block_m). Masks need registers, so where they would spill, masked blocks are smaller.
+    """
+
+    block_m: int  # queries
+    block_n: int  # keys
     num_warps: int
-    num_stages: int
-    masked: int = 0
+    num_stages: int  # blocks in flight between memory and the matrix units
+    masked: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,26 +35,94 @@ class AttentionConfig:
     backward_dkdv: Tile
 
 
-def attention(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
-    t = Tile(64, 64, 4, 2, 32)
-    if arch == "interpreter":
-        t = Tile(32, 64, 4, 1, 32)
-    return AttentionConfig(t, t, t)
-
-
-def dot_precision(arch: str, dtype: torch.dtype) -> str:
-    return "ieee"
-
-
 @dataclasses.dataclass(frozen=True)
 class CrossEntropyConfig:
-    """One launch: logits of a row taken at a time, and warps of a program."""
+    """One launch of a cross-entropy kernel: logits of a row taken at a time, and warps of a program."""
 
     block: int
     num_warps: int
 
 
-def cross_entropy(arch: str, dtype: torch.dtype, vocabulary: int) -> CrossEntropyConfig:
+def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, ...]) -> AttentionConfig:
+    return AttentionConfig(Tile(*forward), Tile(*dq), Tile(*dkdv))
+
+
+# (family, bits of an element, head size rounded up to a power of two); forward, dq, dk and dv: block_m, block_n,
+# num_warps, num_stages, masked. What decides:
+#   sm_80   two products in a chain share their warps only where the accumulator is no wider than high: BLOCK_M >= Dv,
+#           or scores are computed more than once; 255 registers a thread bound the rest.
+#   sm_86   the same instructions in 99 KB of shared memory (sm_89 and sm_120 too).
+#   sm_90   a warp group multiplies 64 rows (queries, or keys for dk and dv) at once; dk and dv of 256-wide heads do not
+#           fit its registers and run on the sm_80 instructions.
+#   gfx942  a warp takes 32 rows; with fewer rows than that a warp, scores are computed more than once. 64 KB of LDS.
+#   cuda    fp32 as three products of tf32 halves, which triples operands and so the registers. Heads over 128 spill.
+ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
+    ("sm_80", 16, 32): _attention((128, 128, 8, 2, 128), (128, 32, 4, 2, 32), (32, 128, 4, 2, 32)),
+    ("sm_80", 16, 64): _attention((128, 128, 8, 2, 128), (128, 64, 8, 2, 64), (64, 128, 8, 2, 64)),
+    ("sm_80", 16, 128): _attention((128, 64, 8, 2, 32), (64, 64, 4, 2, 32), (128, 64, 8, 2, 64)),
+    ("sm_80", 16, 256): _attention((64, 64, 8, 2, 32), (64, 64, 8, 2, 64), (64, 32, 8, 2, 32)),
+    ("sm_86", 16, 32): _attention((128, 128, 8, 2, 128), (128, 32, 4, 2, 32), (32, 128, 4, 2, 32)),
+    ("sm_86", 16, 64): _attention((128, 128, 8, 2, 128), (128, 64, 8, 2, 64), (64, 128, 8, 2, 64)),
+    ("sm_86", 16, 128): _attention((128, 64, 8, 2, 32), (64, 64, 4, 2, 32), (64, 64, 8, 2, 32)),
+    ("sm_86", 16, 256): _attention((32, 64, 4, 2, 32), (32, 64, 8, 1, 32), (32, 32, 8, 2, 32)),
+    ("sm_90", 16, 32): _attention((128, 128, 8, 2, 128), (128, 128, 8, 2, 128), (128, 128, 8, 2, 64)),
+    ("sm_90", 16, 64): _attention((128, 128, 8, 2, 128), (128, 128, 8, 2, 64), (64, 128, 8, 2, 64)),
+    ("sm_90", 16, 128): _attention((128, 128, 8, 2, 128), (128, 64, 8, 2, 64), (64, 64, 4, 2, 32)),
+    ("sm_90", 16, 256): _attention((128, 64, 8, 2, 32), (128, 32, 8, 2, 16), (64, 32, 8, 2, 32)),
+    ("sm_100", 16, 32): _attention((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 2, 64)),
+    ("sm_100", 16, 64): _attention((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 2, 32)),
+    ("sm_100", 16, 128): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (64, 128, 8, 2, 64)),
+    ("sm_100", 16, 256): _attention((128, 64, 8, 2, 32), (128, 32, 8, 2, 32), (32, 128, 8, 2, 32)),
+    ("gfx942", 16, 32): _attention((128, 64, 4, 1, 64), (128, 64, 4, 1, 64), (32, 128, 4, 1, 32)),
+    ("gfx942", 16, 64): _attention((128, 64, 4, 2, 32), (128, 64, 4, 1, 64), (32, 128, 4, 1, 32)),
+    ("gfx942", 16, 128): _attention((128, 64, 4, 2, 64), (128, 32, 4, 1, 32), (32, 128, 4, 1, 32)),
+    ("gfx942", 16, 256): _attention((128, 32, 4, 1, 32), (128, 32, 4, 1, 32), (16, 64, 4, 1, 16)),
+    ("cuda", 32, 32): _attention((64, 32, 4, 2, 32), (32, 32, 4, 2, 32), (32, 32, 4, 2, 32)),
+    ("cuda", 32, 64): _attention((64, 32, 4, 2, 32), (32, 32, 4, 2, 32), (32, 32, 4, 2, 32)),
+    ("cuda", 32, 128): _attention((32, 32, 8, 2, 32), (16, 32, 8, 2, 32), (16, 16, 8, 1, 16)),
+    ("cuda", 32, 256): _attention((16, 16, 8, 1, 16), (16, 16, 8, 1, 16), (16, 16, 8, 1, 16)),
+    ("gfx942", 32, 32): _attention((128, 32, 4, 1, 32), (128, 32, 4, 1, 32), (32, 128, 4, 1, 32)),
+    ("gfx942", 32, 64): _attention((128, 32, 4, 1, 32), (128, 32, 4, 1, 32), (32, 128, 4, 1, 32)),
+    ("gfx942", 32, 128): _attention((128, 32, 4, 1, 32), (128, 16, 4, 1, 16), (16, 64, 4, 1, 16)),
+    ("gfx942", 32, 256): _attention((64, 16, 4, 1, 16), (64, 16, 4, 1, 16), (16, 32, 4, 1, 16)),
+}
+
+# Small enough that short sequences have several blocks, of both kinds; large enough that tests end soon.
+_INTERPRETER_ATTENTION = _attention((32, 64, 4, 1, 32), (32, 64, 4, 1, 32), (64, 32, 4, 1, 32))
+_INTERPRETER_CROSS_ENTROPY = CrossEntropyConfig(64, 4)
+
+# Two loads of 128 bits a thread in flight, four programs on a multiprocessor (52 registers a thread on sm_90).
+CROSS_ENTROPY = CrossEntropyConfig(4096, 8)
+
+_FAMILIES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
+
+
+def family(arch: str) -> str:
+    """Whose entries a device uses: its own, or those of the chip with the same instructions and no more memory."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return _FAMILIES.get(arch, "sm_86")
+
+
+def attention(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
+    """The entry for a device, an element type and the larger of the two head sizes."""
     if arch == "interpreter":
-        return CrossEntropyConfig(64, 4)
-    return CrossEntropyConfig(4096, 8)
+        return _INTERPRETER_ATTENTION
+    padded = next(size for size in (32, 64, 128, 256) if head_dim <= size)
+    if dtype == torch.float32 and not arch.startswith("gfx"):
+        return ATTENTION["cuda", 32, padded]
+    return ATTENTION[family(arch), 8 * dtype.itemsize, padded]
+
+
+def dot_precision(arch: str, dtype: torch.dtype) -> str:
+    """How matrix units multiply. Only fp32 has a choice: as it is on AMD; on NVIDIA as three products of tf32 halves,
+    each within 2**-21 of the fp32 product, where a single one (Triton's default) would be within 2**-11."""
+    return "tf32x3" if dtype == torch.float32 and not arch.startswith("gfx") else "ieee"
+
+
+def cross_entropy(arch: str, dtype: torch.dtype, vocabulary: int) -> CrossEntropyConfig:
+    """The same for every GPU, less for a vocabulary that does not fill it."""
+    if arch == "interpreter":
+        return _INTERPRETER_CROSS_ENTROPY
+    block = min(CROSS_ENTROPY.block, max(256, 2 ** (max(vocabulary, 1) - 1).bit_length()))
+    return CrossEntropyConfig(block, max(1, CROSS_ENTROPY.num_warps * block // CROSS_ENTROPY.block))

@@ -5,10 +5,11 @@ TRITON_INTERPRET must be set before triton is first imported. Under a plain `pyt
 long before; the compile tests need the real compiler. Hence a worker: `call(function, ...)` runs a function of an
 importable module there and hands back what it returns, or raises what it raised.
 
-The worker differs from a plain interpreter in four ways, two to be as right as a GPU and two to see more:
+The worker differs from a plain interpreter in five ways, three to compute what a GPU would and two to see more:
   * `tl.dot` widens bf16 operands to fp32. The interpreter multiplies their raw bit patterns (triton#11584).
   * fp32 is rounded to the nearest bf16. The interpreter cuts the low bits off, which is twice as far away, always
     towards zero, and makes an infinity of some NaNs.
+  * a dot with input_precision "tf32x3" multiplies as it does on NVIDIA: three products of tf32 halves, not one in fp32.
   * every element that a kernel reads or writes must lie inside one of the tensors that it was given.
   * `torch.empty` is filled with NaN, so that an output nobody wrote is seen.
 """
@@ -83,12 +84,12 @@ def _start() -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    _widen_dot()
+    _repair_dot()
     _round_to_bf16()
     _guard_memory()
 
 
-def _widen_dot() -> None:
+def _repair_dot() -> None:
     import numpy as np
     import triton.language as tl
     from triton.runtime import interpreter
@@ -102,9 +103,29 @@ def _widen_dot() -> None:
         bits = operand.data.astype(np.uint32) << 16
         return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
 
+    def halves(operand: Any) -> tuple[Any, Any]:
+        """The nearest tf32 (10 bits after the point, ties away from 0) and the nearest tf32 to what that leaves."""
+        rounded = []
+        rest = operand.data
+        for _ in range(2):
+            near = ((rest.view(np.uint32) + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+            near = np.where(np.isfinite(rest), near, rest)
+            rounded.append(interpreter.TensorHandle(near, tl.float32))
+            rest = rest - near
+        return rounded[0], rounded[1]
+
     @functools.wraps(plain)
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return plain(self, widened(a), widened(b), *rest)
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, *rest: Any) -> Any:
+        a, b = widened(a), widened(b)
+        if a.dtype.scalar != tl.float32 or not str(precision).endswith("TF32x3"):
+            return plain(self, a, b, d, precision, *rest)
+        (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
+        small = interpreter.TensorHandle(np.zeros_like(d.data), tl.float32)
+        small = plain(self, a_low, b_high, small, precision, *rest)
+        small = plain(self, a_high, b_low, small, precision, *rest)
+        # As the compiler has it: infinity minus infinity in the low halves must not spoil the product of the high ones.
+        small = interpreter.TensorHandle(np.where(np.isnan(small.data), 0.0, small.data) + d.data, tl.float32)
+        return plain(self, a_high, b_high, small, precision, *rest)
 
     builder.create_dot = create_dot
 
