@@ -197,16 +197,14 @@ def attention_kvcache(
     """Append, rotate, attend; arguments as `gpt4v_fast.attention_kvcache`. The caches are written in place."""
     S = q.shape[1]
     lengths = cache_lengths.to(torch.int64)
+    total = lengths if k is None else lengths + k.shape[1]
     if rotary_cos is not None and rotary_sin is not None:
-        first = lengths if k is not None else lengths - S
-        q = rotate(q, rotary_cos, rotary_sin, first)
+        q = rotate(q, rotary_cos, rotary_sin, total - S)
         if k is not None:
             k = rotate(k, rotary_cos, rotary_sin, lengths)
-    total = lengths
     if k is not None and v is not None:
         append_to_cache(k_cache, k, lengths, block_table)
         append_to_cache(v_cache, v, lengths, block_table)
-        total = lengths + k.shape[1]
     if block_table is not None:
         k_cache, v_cache = gather_pages(k_cache, block_table), gather_pages(v_cache, block_table)
     out = attention_core(
@@ -454,6 +452,32 @@ def cross_entropy_core(
     factor = torch.ones_like(nll).masked_fill(bad, math.nan)  # a product, so that the gradient is NaN too
     lse = torch.where(counted, torch.logsumexp(z, dim=1), 0.0)
     return nll * factor, lse * factor, torch.where(counted & ~bad, logits.argmax(dim=1), -1)
+
+
+def cross_entropy_core_backward(
+    grad_nll: torch.Tensor,
+    grad_lse: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """The gradient of the logits for those of `cross_entropy_core`'s nll and lse; formula in csrc/kernels/loss.h."""
+    V = logits.shape[1]
+    counted = (target != ignore_index)[:, None]
+    bad = counted & ((target < 0) | (target >= V))[:, None]
+    label = torch.where(counted & ~bad, target[:, None], 0)  # (N, 1)
+    t = torch.tanh(logits / softcap) if softcap else None
+    z = logits if t is None else t * (softcap or 1.0)
+    weights = logits.new_ones(V) if class_weight is None else class_weight.to(logits.dtype)
+    of_label = grad_nll[:, None] * (1.0 - label_smoothing) * weights[label]
+    of_all = grad_nll[:, None] * (label_smoothing / V)
+    gradient = (of_label + of_all * weights.sum() + grad_lse[:, None]) * torch.softmax(z, dim=1) - of_all * weights
+    gradient = gradient.scatter_add(1, label, -of_label)
+    gradient = gradient if t is None else gradient * (1.0 - t * t)
+    return torch.where(counted, gradient, 0.0).masked_fill(bad, math.nan)
 
 
 def linear_cross_entropy(

@@ -98,9 +98,7 @@ def prepare(
         raise ValueError(f"logits: expected shape (..., V) with V at least 1, got {tuple(logits.shape)}")
     V = logits.shape[-1]
     labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
-    options = check_options(
-        "weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap
-    )
+    options = check_options("weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap)
     return logits.reshape(target.numel(), V), target, *options
 
 
@@ -198,9 +196,7 @@ def look_at_labels(target: torch.Tensor, V: int, ignore_index: int, backend: str
         labels.remember_bad(target, V, ignore_index)
 
 
-def row_tensors(
-    rows: int, like: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def row_tensors(rows: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Empty nll, lse, argmax and lse_low, as the ops return them."""
     nll, lse, lse_low = (like.new_empty(rows, dtype=torch.float32) for _ in range(3))
     return nll, lse, like.new_empty(rows, dtype=torch.int64), lse_low
@@ -258,18 +254,14 @@ def _cross_entropy_backward(
         grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
         weight = native_weight(options.class_weight)
         head = (view(logits), view(rows), view(weight), *options[1:])
-        _C.cross_entropy_backward(
-            *head, *(view(x) for x in (lse, lse_low, grad_nll, grad_lse, grad_logits)), threads()
-        )
+        _C.cross_entropy_backward(*head, *(view(x) for x in (lse, lse_low, grad_nll, grad_lse, grad_logits)), threads())
         return grad_logits
     if backend == "triton":
         from gpt4v_fast.kernels import cross_entropy as kernel
 
         return kernel.cross_entropy_backward(grad_nll, grad_lse, logits, rows, lse, **triton_options(options))
-    with torch.enable_grad():
-        leaf = logits.detach().float().requires_grad_()
-        outputs = reference.cross_entropy_core(leaf, rows, *options)[:2]
-        return torch.autograd.grad(outputs, leaf, (grad_nll, grad_lse))[0].to(logits.dtype)
+    gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits.float(), rows, *options)
+    return gradient.to(logits.dtype)
 
 
 def _cross_entropy_fake(
@@ -288,9 +280,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
     logits, target, lse, lse_low, class_weight = ctx.saved_tensors
-    gradient = _cross_entropy_backward_op(
-        grad_nll, grad_lse, logits, target, lse, lse_low, class_weight, *ctx.scalars
-    )
+    gradient = _cross_entropy_backward_op(grad_nll, grad_lse, logits, target, lse, lse_low, class_weight, *ctx.scalars)
     return gradient, *[None] * 5
 
 

@@ -8,7 +8,6 @@ user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -152,11 +151,9 @@ def _linear_cross_entropy(
     if backend == "triton":
         from gpt4v_fast.kernels import linear_cross_entropy as kernel
 
-        nll, lse, argmax = kernel.linear_cross_entropy_forward(
-            hidden, weight, bias, rows, **triton_options(options)
-        )
+        nll, lse, argmax = kernel.linear_cross_entropy_forward(hidden, weight, bias, rows, **triton_options(options))
     else:
-        nll, lse, argmax = _reference((hidden, weight, bias), rows, options)
+        nll, lse, argmax = reference.cross_entropy_core(_logits(hidden, weight, bias), rows, *options)
     return nll, lse, argmax, torch.zeros_like(lse)
 
 
@@ -196,39 +193,17 @@ def _linear_cross_entropy_backward(
             of_hidden=of_hidden, of_weight=of_weight, of_bias=of_bias, **triton_options(options),
         )  # fmt: skip
     else:
-        grad_hidden, grad_weight, grad_bias = _reference_gradients(
-            (hidden, weight, bias), (of_hidden, of_weight, of_bias), rows, options, (grad_nll, grad_lse)
-        )
-    none = hidden.new_empty(0)
+        logits = _logits(hidden, weight, bias)
+        gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits, rows, *options)
+        grad_hidden = gradient @ weight.float() if of_hidden else None
+        grad_weight = gradient.t() @ hidden.float() if of_weight else None
+        grad_bias = gradient.sum(dim=0) if of_bias else None
     pairs = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
-    return tuple(none if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+    return tuple(hidden.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in pairs)
 
 
-def _reference(
-    inputs: Sequence[torch.Tensor | None], rows: torch.Tensor, options: LossOptions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    hidden, weight, bias = (None if x is None else x.float() for x in inputs)
-    assert hidden is not None and weight is not None  # for the type checker
-    return reference.cross_entropy_core(torch.nn.functional.linear(hidden, weight, bias), rows, *options)
-
-
-def _reference_gradients(
-    inputs: tuple[torch.Tensor | None, ...],
-    wanted: tuple[bool, ...],
-    rows: torch.Tensor,
-    options: LossOptions,
-    upstream: tuple[torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor | None, ...]:
-    """The gradients of hidden, weight and bias by autograd over the oracle, fp32; None where not wanted."""
-    with torch.enable_grad():
-        leaves = [
-            None if x is None else x.detach().float().requires_grad_(asked)
-            for x, asked in zip(inputs, wanted, strict=True)
-        ]
-        outputs = _reference(leaves, rows, options)[:2]
-        asked = [x for x in leaves if x is not None and x.requires_grad]
-        gradients = iter(torch.autograd.grad(outputs, asked, upstream) if asked else ())
-        return tuple(next(gradients) if x is not None and x.requires_grad else None for x in leaves)
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
 
 
 def _linear_cross_entropy_fake(
@@ -246,9 +221,7 @@ def _linear_cross_entropy_backward_fake(
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     pairs = zip((hidden, weight, bias), rest[-3:], strict=True)
-    return tuple(
-        hidden.new_empty(0) if x is None or not wanted else x.new_empty(x.shape) for x, wanted in pairs
-    )
+    return tuple(hidden.new_empty(0) if x is None or not wanted else x.new_empty(x.shape) for x, wanted in pairs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
