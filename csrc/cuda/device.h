@@ -35,17 +35,21 @@ __device__ inline float16 from_float<float16>(float value) {
   return __float2half_rn(value);
 }
 
-// The element whose 16 bits these are.
+// The float or 16-bit element whose bits these are (the low ones).
 template <class T>
-__device__ T from_bits(uint16_t bits);
+__device__ T from_bits(uint32_t bits);
 
 template <>
-__device__ inline bfloat16 from_bits<bfloat16>(uint16_t bits) {
-  return __ushort_as_bfloat16(bits);
+__device__ inline float from_bits<float>(uint32_t bits) {
+  return __uint_as_float(bits);
 }
 template <>
-__device__ inline float16 from_bits<float16>(uint16_t bits) {
-  return __ushort_as_half(bits);
+__device__ inline bfloat16 from_bits<bfloat16>(uint32_t bits) {
+  return __ushort_as_bfloat16(static_cast<unsigned short>(bits));
+}
+template <>
+__device__ inline float16 from_bits<float16>(uint32_t bits) {
+  return __ushort_as_half(static_cast<unsigned short>(bits));
 }
 
 __device__ inline float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }

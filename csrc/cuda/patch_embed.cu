@@ -30,6 +30,11 @@ constexpr int kBlocksPerMultiprocessor = 2;
 constexpr int kBlockTokens = 128;
 constexpr int kBlockChannels = 128;
 
+// The finished sums go through shared memory half a tile at a time, over the stages that nobody needs any more, so that
+// neighbouring threads store neighbouring channels.
+constexpr int kHalfTokens = kBlockTokens / 2;
+constexpr int kSumPitch = kBlockChannels + 4;
+
 // n / divisor for 0 <= n < 2^31 by one multiplication (Granlund and Montgomery 1994, figure 4.1).
 struct Divider {
   uint32_t divisor, multiplier, shift;
@@ -75,24 +80,19 @@ __device__ inline float load_float(const void* data, DType dtype, int64_t index)
   return static_cast<const float*>(data)[index];
 }
 
-// A 16-bit pixel is bf16 or fp16, told apart at run time: one kernel less to compile for each weight dtype.
-__device__ inline float pixel_to_float(uint8_t pixel, DType) { return to_float(pixel); }
-__device__ inline float pixel_to_float(float pixel, DType) { return pixel; }
-__device__ inline float pixel_to_float(uint16_t pixel, DType dtype) {
-  return dtype == DType::kBFloat16 ? to_float(from_bits<bfloat16>(pixel)) : to_float(from_bits<float16>(pixel));
-}
-
-// The pixels of one step that this thread carries from global to shared memory: element `k` of every kWarps-th (or so)
-// row of the tile, so that a warp reads neighbours along the patch.
-template <class Pixel, int kStep>
+// The pixels of one step that this thread carries from global to shared memory: element `column` of every kRowsApart-th
+// row of the tile, so that a warp reads neighbours along the patch. The pixels' type is told apart at run time, once a
+// step: as a template argument it would triple the time to compile for a branch that all threads take alike.
+template <class Units>
 struct Gather {
-  static constexpr int kRowsApart = kThreads / kStep;
+  static constexpr int kRowsApart = kThreads / Units::kStep;
   static constexpr int kCount = kBlockTokens / kRowsApart;
 
-  __device__ Gather() : column(static_cast<int>(threadIdx.x) % kStep), row(static_cast<int>(threadIdx.x) / kStep) {}
+  __device__ Gather()
+      : column(static_cast<int>(threadIdx.x) % Units::kStep), row(static_cast<int>(threadIdx.x) / Units::kStep) {}
 
   __device__ void load(const Params& p, const int64_t* starts, int step) {
-    const int k = step * kStep + column;
+    const int k = step * Units::kStep + column;
     inside = k < p.K;
     if (!inside) return;
     const int outer = divide(k, p.patch_width), x = k - outer * static_cast<int>(p.patch_width.divisor);
@@ -100,21 +100,46 @@ struct Gather {
     const int c = divide(plane, p.patch_frames), t = plane - c * static_cast<int>(p.patch_frames.divisor);
     const int64_t offset =
         c * p.pixel_stride[1] + t * p.pixel_stride[2] + y * p.pixel_stride[3] + x * p.pixel_stride[4];
-    const Pixel* pixels = static_cast<const Pixel*>(p.pixels) + offset;
     scale = p.pixel_scale[c];
     shift = p.pixel_shift[c];
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = pixels[starts[row + i * kRowsApart]];
+    if (p.pixel_dtype == DType::kUInt8)
+      load_bits(static_cast<const uint8_t*>(p.pixels) + offset, starts);
+    else if (p.pixel_dtype == DType::kFloat32)
+      load_bits(static_cast<const uint32_t*>(p.pixels) + offset, starts);
+    else
+      load_bits(static_cast<const uint16_t*>(p.pixels) + offset, starts);
   }
 
-  __device__ float normalised(const Params& p, int i) const {
-    return inside ? fused_multiply_add(pixel_to_float(values[i], p.pixel_dtype), scale, shift) : 0.0f;
+  template <class Bits>
+  __device__ void load_bits(const Bits* pixels, const int64_t* starts) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) bits[i] = pixels[starts[row + i * kRowsApart]];
+  }
+
+  __device__ void store(const Params& p, typename Units::Stage& stage) const {
+    if (p.pixel_dtype == DType::kUInt8)
+      store_as(stage, [](uint32_t pixel) { return to_float(static_cast<uint8_t>(pixel)); });
+    else if (p.pixel_dtype == DType::kFloat32)
+      store_as(stage, [](uint32_t pixel) { return from_bits<float>(pixel); });
+    else if (p.pixel_dtype == DType::kBFloat16)
+      store_as(stage, [](uint32_t pixel) { return to_float(from_bits<bfloat16>(pixel)); });
+    else
+      store_as(stage, [](uint32_t pixel) { return to_float(from_bits<float16>(pixel)); });
+  }
+
+  template <class ToFloat>
+  __device__ void store_as(typename Units::Stage& stage, ToFloat pixel_to_float) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const float value = inside ? fused_multiply_add(pixel_to_float(bits[i]), scale, shift) : 0.0f;
+      Units::store_patch(stage, row + i * kRowsApart, column, value);
+    }
   }
 
   int column, row;
   bool inside = false;
   float scale = 0.0f, shift = 0.0f;
-  Pixel values[kCount] = {};
+  uint32_t bits[kCount] = {};
 };
 
 // Adds bias and pos_embed to one sum and stores it, where there is such a token and channel. `n` is token % N.
@@ -137,7 +162,7 @@ struct MatrixUnits {
   static constexpr int kStep = 32;
   // Rows of 80 bytes: the eight 16-byte rows that one phase of ldmatrix reads begin in eight different groups of banks.
   static constexpr int kPitch = kStep + 8;
-  static constexpr int kWarpTokens = 64, kWarpChannels = 32;
+  static constexpr int kWarpTokens = kHalfTokens, kWarpChannels = 32;
 
   struct Stage {
     alignas(16) Weight patches[kBlockTokens][kPitch];
@@ -201,17 +226,16 @@ struct MatrixUnits {
     }
   }
 
-  __device__ void store(const Params& p, const int64_t* positions, int64_t token0, int channel0) const {
+  // Writes the sums of tokens half * kHalfTokens ... of the block's tile.
+  __device__ void store_half(float (*out)[kSumPitch], int half) const {
+    if (token != half * kHalfTokens) return;
 #pragma unroll
     for (int i = 0; i < kWarpTokens / 16; ++i)
 #pragma unroll
       for (int j = 0; j < kWarpChannels / 8; ++j)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int row = token + i * 16 + e / 2 * 8 + lane / 4;
-          store_token(p, token0 + row, positions[row], channel0 + channel + j * 8 + lane % 4 * 2 + e % 2,
-                      sums[i][j][e]);
-        }
+        for (int e = 0; e < 4; ++e)
+          out[i * 16 + e / 2 * 8 + lane / 4][channel + j * 8 + lane % 4 * 2 + e % 2] = sums[i][j][e];
   }
 
   int lane, token, channel;
@@ -223,7 +247,7 @@ struct MatrixUnits {
 struct FmaUnits {
   static constexpr int kStep = 16;
   static constexpr int kPitch = kBlockTokens + 4;  // a gathering warp's stores, 16 rows x 2, meet two to a bank
-  static constexpr int kHalf = 64;
+  static constexpr int kHalf = kHalfTokens;
 
   struct alignas(16) Four {
     float value[4];
@@ -268,14 +292,12 @@ struct FmaUnits {
     }
   }
 
-  __device__ void store(const Params& p, const int64_t* positions, int64_t token0, int channel0) const {
+  __device__ void store_half(float (*out)[kSumPitch], int half) const {
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const int row = i / 4 * kHalf + token + i % 4;
-        store_token(p, token0 + row, positions[row], channel0 + j / 4 * kHalf + channel + j % 4, sums[i][j]);
-      }
+      for (int j = 0; j < 8; ++j)
+        if (i / 4 == half) out[token + i % 4][j / 4 * kHalf + channel + j % 4] = sums[i][j];
   }
 
   int token, channel;
@@ -284,12 +306,15 @@ struct FmaUnits {
 
 template <class Units>
 struct Shared {
-  typename Units::Stage stages[2];
+  union {
+    typename Units::Stage stages[2];
+    float sums[kHalfTokens][kSumPitch];
+  };
   int64_t starts[kBlockTokens];     // where each row's patch begins
   int64_t positions[kBlockTokens];  // token % N
 };
 
-template <class Pixel, class Units>
+template <class Units>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) patch_embed_kernel(const Params p) {
   Shared<Units>& shared = *reinterpret_cast<Shared<Units>*>(shared_memory());
   const int64_t token0 = static_cast<int64_t>(blockIdx.x) * kBlockTokens;
@@ -301,57 +326,46 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) patch_embe
   }
   synchronize_block();
 
-  Gather<Pixel, Units::kStep> gather;
+  Gather<Units> gather;
   Units units;
-  const auto finish_stage = [&](typename Units::Stage& stage) {
-#pragma unroll
-    for (int i = 0; i < gather.kCount; ++i)
-      Units::store_patch(stage, gather.row + i * gather.kRowsApart, gather.column, gather.normalised(p, i));
-    wait_for_copies();
-    synchronize_block();
-  };
   const int steps = (p.K + Units::kStep - 1) / Units::kStep;
-  if (steps > 0) {
-    gather.load(p, shared.starts, 0);
-    Units::load_weight(p, shared.stages[0], channel0, 0);
-    finish_stage(shared.stages[0]);
-  }
-  for (int step = 0; step < steps; ++step) {
-    typename Units::Stage& next = shared.stages[(step + 1) % 2];
+  // Round -1 only fills the first stage, the last round only multiplies: one copy of the code for all.
+#pragma unroll 1
+  for (int step = -1; step < steps; ++step) {
     const bool more = step + 1 < steps;
+    typename Units::Stage& next = shared.stages[(step + 1) % 2];
     if (more) {
       gather.load(p, shared.starts, step + 1);
       Units::load_weight(p, next, channel0, step + 1);
     }
-    units.multiply(shared.stages[step % 2]);
-    if (more) finish_stage(next);
+    if (step >= 0) units.multiply(shared.stages[step % 2]);
+    if (more) {
+      gather.store(p, next);
+      wait_for_copies();
+    }
+    synchronize_block();
   }
-  units.store(p, shared.positions, token0, channel0);
+
+  for (int half = 0; half < 2; ++half) {
+    units.store_half(shared.sums, half);
+    synchronize_block();
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < kHalfTokens * kBlockChannels; i += kThreads) {
+      const int row = i / kBlockChannels, column = i % kBlockChannels, tile_row = half * kHalfTokens + row;
+      store_token(p, token0 + tile_row, shared.positions[tile_row], channel0 + column, shared.sums[row][column]);
+    }
+    synchronize_block();
+  }
 }
 
-template <class Pixel, class Units>
+template <class Units>
 cudaError_t launch_blocks(const Params& p, cudaStream_t stream) {
   static_assert(sizeof(Shared<Units>) <= 48 * 1024, "what a launch may ask for without an attribute");
   const int64_t blocks = (p.token_count + kBlockTokens - 1) / kBlockTokens;
   const int64_t columns = (static_cast<int64_t>(p.E) + kBlockChannels - 1) / kBlockChannels;
   if (blocks > INT32_MAX || columns > UINT16_MAX) return cudaErrorInvalidConfiguration;
   const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(columns));
-  return launch(patch_embed_kernel<Pixel, Units>, grid, kThreads, static_cast<int>(sizeof(Shared<Units>)), stream, p);
-}
-
-template <class Units>
-cudaError_t launch_for_pixels(const Params& p, cudaStream_t stream) {
-  switch (p.pixel_dtype) {
-    case DType::kUInt8:
-      return launch_blocks<uint8_t, Units>(p, stream);
-    case DType::kFloat32:
-      return launch_blocks<float, Units>(p, stream);
-    case DType::kBFloat16:
-    case DType::kFloat16:
-      return launch_blocks<uint16_t, Units>(p, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch(patch_embed_kernel<Units>, grid, kThreads, static_cast<int>(sizeof(Shared<Units>)), stream, p);
 }
 
 // The widest copy that fits the weight's rows: their length in bytes and their first address are multiples of it.
@@ -399,16 +413,17 @@ GPT4V_FAST_EXPORT cudaError_t gpt4v_fast_patch_embed_forward(
   p.patch_frames = make_divider(weight_sizes[2]);
   p.patch_height = make_divider(weight_sizes[3]);
   p.patch_width = make_divider(weight_sizes[4]);
+  if (p.pixel_dtype > DType::kUInt8) return cudaErrorInvalidValue;
   if (p.token_count == 0 || p.E == 0) return cudaSuccess;
   switch (static_cast<DType>(weight_dtype)) {
     case DType::kFloat32:
-      return launch_for_pixels<FmaUnits>(p, stream);
+      return launch_blocks<FmaUnits>(p, stream);
     case DType::kBFloat16:
       p.copy_bytes = widest_copy(weight, K * 2);
-      return launch_for_pixels<MatrixUnits<bfloat16>>(p, stream);
+      return launch_blocks<MatrixUnits<bfloat16>>(p, stream);
     case DType::kFloat16:
       p.copy_bytes = widest_copy(weight, K * 2);
-      return launch_for_pixels<MatrixUnits<float16>>(p, stream);
+      return launch_blocks<MatrixUnits<float16>>(p, stream);
     default:
       return cudaErrorInvalidValue;
   }

@@ -49,8 +49,10 @@ constexpr int kWarpSize = 32;
 inline dim3 threadIdx{0}, blockIdx{0};
 
 template <class T>
-T from_bits(uint16_t bits) {
-  return T{bits};
+T from_bits(uint32_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(value));  // the low bytes: little-endian, as a GPU is
+  return value;
 }
 
 inline float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
