@@ -45,8 +45,9 @@ def assert_close(
     dims = tuple(range(-min(row_dims, want.dim()), 0))
     scale = finite.abs().amax(dim=dims, keepdim=True) if dims else finite.abs()
     ulps = FLOOR_ULPS[fast.dtype] if floor_ulps is None else floor_ulps
-    # Numbers below fp32's normal ones may be flushed to zero, in a sum each.
-    floor = ulps * torch.finfo(fast.dtype).eps * scale + 256 * torch.finfo(torch.float32).tiny
+    info = torch.finfo(fast.dtype)
+    # Below the normal numbers: the step of fast's dtype, and fp32 numbers that were flushed to zero, in a sum each.
+    floor = ulps * info.eps * scale + info.eps * info.tiny + 256 * torch.finfo(torch.float32).tiny
     native_error = torch.where(infinite | ~torch.isfinite(plain), 0.0, (plain - want).abs().nan_to_num())
     error = torch.where(infinite, 0.0, (got - want).abs())
     bad = ~((error <= 2 * native_error + floor) & same_infinities)  # a NaN compares false, and so is bad

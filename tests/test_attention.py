@@ -79,8 +79,9 @@ def test_random_combinations_match_the_oracle(data):
         alibi=draw(st.sampled_from(["", "H", "BH"])),
         sinks=draw(st.booleans()),
         softcap=draw(st.none() | st.sampled_from([1.0, 15.0])),
-        # Hypothesis looks for the one element in a million where native PyTorch was lucky and cancellation is worst.
-        floor_ulps=64 if dtype == FP32 else 8,
+        # Hypothesis looks for the one element in a million where native PyTorch was lucky and cancellation is worst; in
+        # bf16 that is a key alone with its query, whose dS = P (dP - delta) is the rounding of out and nothing else.
+        floor_ulps=64 if dtype == FP32 else 16,
     )  # fmt: skip
     check(case, draw(st.sampled_from(ISAS)))
 

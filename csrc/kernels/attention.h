@@ -1,5 +1,5 @@
-// Attention on the CPU, forward and backward, for every argument of AttentionArgs. Numbers in the tensors are fp32, bf16
-// or fp16; everything in between is fp32.
+// Attention on the CPU, forward and backward, for every argument of AttentionArgs. Numbers in the tensors are fp32,
+// bf16 or fp16; everything in between is fp32.
 //     attention_block.h     blocks of queries, and which keys they see
 //     attention_scores.h    softcap, bias, ALiBi, masks, dropout on a tile
 //     attention_tile.h      packing and the matrix product

@@ -1,16 +1,18 @@
 // Attention backward: FlashAttention-2 (Dao 2023, algorithm 2), scores recomputed from lse, queries in the lanes.
 //
 // With P = exp(scores - lse), M the dropout factors (1 without dropout) and delta = rowsum(dout * out) - dlse:
-//     dV = (M P)^T dout,   dP = dout V^T,   dS = P (M dP - delta),   dbias = dS,   dsink = -sum of exp(sink - lse) delta
+//     dV = (M P)^T dout,   dP = dout V^T,   dS = P (M dP - delta),   dbias = dS,
+//     dsink = -sum of exp(sink - lse) delta over the rows of a head,
 //     dQ = scale (dS cap') K,   dK = scale (dS cap')^T Q,   cap' = 1 - tanh^2 with a softcap, else 1
 // A unit of work is a key head of a sequence with all or a share of its blocks of queries. It walks query blocks, and
 // for each the key blocks, and does five products a pair of blocks: scores, dP, dV, dK, dQ. dQ belongs to the query
-// block; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch. Where a call has fewer than kUnits key
-// heads, each is shared by several units, whose sums are added in a fixed order; so the result does not depend on the
-// number of threads, and at most max(kUnits, B Hkv) threads find work.
+// block; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch. Where a call has fewer than kUnits
+// key heads, each is shared by several units, whose sums are added in a fixed order; so the result does not depend on
+// the number of threads, and at most max(kUnits, B Hkv) threads find work.
 //
 // dbias is a pass of its own, made only when asked for: every element of it belongs to one unit, which recomputes the
-// two products of each pair of blocks that reaches it. Two products more, but no S x T scratch for a bias that broadcasts.
+// two products of each pair of blocks that reaches it. Two products more, but no S x T scratch for a bias that
+// broadcasts.
 #pragma once
 
 #include "kernels/attention_forward.h"
@@ -80,7 +82,8 @@ static void load_queries(const AttentionArgs& a, const QueryBlock& block, const 
     deltas[delta_index(a, block, lane)] = s.delta[lane];
 }
 
-// Loads keys [j0, j0 + n) and leaves M P in s.scores and dS in s.dscores. False, and nothing done, where no row sees them.
+// Loads keys [j0, j0 + n) and leaves M P in s.scores and dS in s.dscores. False, and nothing done, where no row sees
+// them.
 template <class T>
 static bool backward_tile(const AttentionArgs& a, const QueryBlock& block, int64_t j0, int64_t n,
                           const BackwardScratch& s) {

@@ -9,8 +9,8 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// A tile of scores is kKeys x kQueries floats (16 KiB): with tiles of 64 keys and 64 queries of head size 64 the working
-// set of a block is 80 KiB, a small part of a second-level cache. Both are multiples of every vector's length.
+// A tile of scores is kKeys x kQueries floats (16 KiB): with tiles of 64 keys and 64 queries of head size 64 the
+// working set of a block is 80 KiB, a small part of a second-level cache. Both are multiples of every vector's length.
 constexpr int kQueries = 64;
 constexpr int kKeys = 64;
 
@@ -18,11 +18,11 @@ static inline int32_t int_at(const View& view, int64_t index) { return static_ca
 
 // One batch entry, or one sequence of a varlen call.
 struct Sequence {
-  int64_t b;            // index into the per-batch tensors
-  int64_t batch;        // index into q, k, v and what has their shape: 0 for varlen
-  int64_t query0, S;    // its rows of q
-  int64_t key0, T;      // its rows of k and v
-  int64_t offset;       // of the causal diagonal
+  int64_t b;             // index into the per-batch tensors
+  int64_t batch;         // index into q, k, v and what has their shape: 0 for varlen
+  int64_t query0, S;     // its rows of q
+  int64_t key0, T;       // its rows of k and v
+  int64_t offset;        // of the causal diagonal
   int64_t visible_keys;  // min(T, key length)
 };
 
@@ -60,8 +60,8 @@ struct QueryBlock {
   int64_t count;  // rows in use
   int64_t width;  // count rounded up to whole vectors; the rows in between repeat the last one's place
   int64_t head[kQueries], index[kQueries];
-  // Keys first <= j <= last are within window and key length, and below the diagonal unless the row is an image's, whose
-  // causal keys end at `diagonal`.
+  // Keys first <= j <= last are within window and key length, and below the diagonal unless the row is an image's,
+  // whose causal keys end at `diagonal`.
   alignas(64) int32_t position[kQueries], first[kQueries], last[kQueries], diagonal[kQueries];
   alignas(64) int32_t document[kQueries], image[kQueries];
   alignas(64) float slope[kQueries];
@@ -89,10 +89,10 @@ static void make_query_block(const AttentionArgs& a, const Sequence& sequence, i
     const int64_t first = a.window_left < 0 ? 0 : clamp(position - min_of(a.window_left, 1 << 30), 0, sequence.T);
     int64_t last = a.window_right < 0 ? end : min_of(end, position + min_of(a.window_right, 1 << 30));
     const int64_t diagonal = a.causal ? position : INT32_MAX;
-    const int32_t image = a.query_images.defined && a.causal
-                              ? int_at(a.query_images, sequence.b * a.query_images.stride[0] +
-                                                           index * a.query_images.stride[1])
-                              : -1;
+    const int32_t image =
+        a.query_images.defined && a.causal
+            ? int_at(a.query_images, sequence.b * a.query_images.stride[0] + index * a.query_images.stride[1])
+            : -1;
     if (image < 0) last = min_of(last, diagonal);
     last = max_of(last, -1);
     block.head[lane] = head, block.index[lane] = index;
@@ -100,14 +100,15 @@ static void make_query_block(const AttentionArgs& a, const Sequence& sequence, i
     block.first[lane] = static_cast<int32_t>(first), block.last[lane] = static_cast<int32_t>(last);
     block.diagonal[lane] = static_cast<int32_t>(image < 0 ? last : diagonal);
     block.image[lane] = image;
-    block.document[lane] = a.query_documents.defined
-                               ? int_at(a.query_documents, sequence.b * a.query_documents.stride[0] +
-                                                               index * a.query_documents.stride[1])
-                               : 0;
-    block.slope[lane] = a.alibi_slopes.defined
-                            ? static_cast<const float*>(a.alibi_slopes.data)[sequence.b * a.alibi_slopes.stride[0] +
-                                                                             head * a.alibi_slopes.stride[1]]
-                            : 0.0f;
+    block.document[lane] =
+        a.query_documents.defined
+            ? int_at(a.query_documents, sequence.b * a.query_documents.stride[0] + index * a.query_documents.stride[1])
+            : 0;
+    block.slope[lane] =
+        a.alibi_slopes.defined
+            ? static_cast<const float*>(
+                  a.alibi_slopes.data)[sequence.b * a.alibi_slopes.stride[0] + head * a.alibi_slopes.stride[1]]
+            : 0.0f;
     const auto widen = [lane](const int32_t* values, int32_t& low, int32_t& high) {
       if (values[lane] < low) low = values[lane];
       if (values[lane] > high) high = values[lane];
@@ -154,8 +155,7 @@ static Cover cover_of(const QueryBlock& block, int64_t j0, int64_t n, const KeyI
     if (!same || documents.has_negative) cover = Cover::kPart;
   }
   if (j1 > block.min_diagonal) {
-    const bool shared_image =
-        images.data != nullptr && images.high >= block.min_image && images.low <= block.max_image;
+    const bool shared_image = images.data != nullptr && images.high >= block.min_image && images.low <= block.max_image;
     if (j0 > block.max_diagonal && !shared_image) return Cover::kNone;
     cover = Cover::kPart;
   }
@@ -169,8 +169,7 @@ static inline VecInt visible(const QueryBlock& block, int64_t lane, int64_t j0, 
   VecInt seen = (j <= load_vec(block.diagonal + lane));
   if (images.data != nullptr && images[c] >= 0) seen |= load_vec(block.image + lane) == images[c];
   seen &= (j >= load_vec(block.first + lane)) & (j <= load_vec(block.last + lane));
-  if (documents.data != nullptr)
-    seen &= documents[c] < 0 ? VecInt{} : load_vec(block.document + lane) == documents[c];
+  if (documents.data != nullptr) seen &= documents[c] < 0 ? VecInt{} : load_vec(block.document + lane) == documents[c];
   return seen;
 }
 

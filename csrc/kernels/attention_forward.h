@@ -4,10 +4,10 @@
 //     scores[key][query]  = K Q^T                      64 x 64 x D multiply-adds
 //     weights[key][query] = exp(scores - running maximum), all keys of a query in one lane
 //     out[d][query]       = out alpha + V^T weights     64 x 64 x Dv multiply-adds
-// so both products broadcast K and V from their natural layout and no reduction crosses lanes. Blocks of keys that no query
-// of the block sees are skipped. Bytes: q and out once, k and v once per block of queries of their key head (which holds
-// every query head that shares it). Work is divided by (sequence, key head, block of queries); nothing depends on who
-// does which. Scratch is a few tiles a thread; no S x T buffer.
+// so both products broadcast K and V from their natural layout and no reduction crosses lanes. Blocks of keys that no
+// query of the block sees are skipped. Bytes: q and out once, k and v once per block of queries of their key head
+// (which holds every query head that shares it). Work is divided by (sequence, key head, block of queries); nothing
+// depends on who does which. Scratch is a few tiles a thread; no S x T buffer.
 #pragma once
 
 #include <omp.h>
@@ -168,9 +168,8 @@ static void forward_block(const AttentionArgs& a, const QueryBlock& block, const
   for (int64_t i = 0; i < Dv * kQueries; ++i) s.out[i] = 0.0f;
   for (int64_t lane = 0; lane < width; ++lane) {
     // The sink is a key with score `sink` and value 0.
-    const float sink = a.sinks.defined
-                           ? static_cast<const float*>(a.sinks.data)[block.head[lane] * a.sinks.stride[0]]
-                           : -kInfinity;
+    const float sink =
+        a.sinks.defined ? static_cast<const float*>(a.sinks.data)[block.head[lane] * a.sinks.stride[0]] : -kInfinity;
     s.maximum[lane] = sink;
     s.sum[lane] = sink == -kInfinity ? 0.0f : 1.0f;
   }

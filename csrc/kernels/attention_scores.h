@@ -31,8 +31,8 @@ static void load_bias_tile(const QueryBlock& block, int64_t j0, int64_t n, float
   }
 }
 
-// Turns the products scale * q.k of keys [j0, j0 + n) into scores; a hidden key's is -inf. `bias` is scratch of a tile's
-// size. With a softcap, `slope` (may be null) gets the derivative of the capped score by the product.
+// Turns the products scale * q.k of keys [j0, j0 + n) into scores; a hidden key's is -inf. `bias` is scratch of a
+// tile's size. With a softcap, `slope` (may be null) gets the derivative of the capped score by the product.
 static void finish_scores(const QueryBlock& block, int64_t j0, int64_t n, Cover cover, const KeyIds& documents,
                           const KeyIds& images, float* bias, float* scores, float* slope) {
   const AttentionArgs& a = *block.args;
@@ -67,9 +67,9 @@ static void finish_scores(const QueryBlock& block, int64_t j0, int64_t n, Cover 
 
 static inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 
-// tile[c][lane] = 1 / (1 - p) where the weight of key j0 + c survives dropout, else 0. Philox4x32-10 (Salmon et al. 2011):
-// counter (j div 4, i, b H + h, 0), key the seed's two words; key j takes word j mod 4 and survives when it is at least
-// floor(p 2^32). j0 is a multiple of 4.
+// tile[c][lane] = 1 / (1 - p) where the weight of key j0 + c survives dropout, else 0. Philox4x32-10 (Salmon et al.
+// 2011): counter (j div 4, i, b H + h, 0), key the seed's two words; key j takes word j mod 4 and survives when it is
+// at least floor(p 2^32). j0 is a multiple of 4.
 static void dropout_tile(const QueryBlock& block, int64_t j0, int64_t n, float* tile) {
   const AttentionArgs& a = *block.args;
   const uint32_t threshold = static_cast<uint32_t>(a.dropout_p * 0x1p32);

@@ -50,8 +50,8 @@ struct Broadcast {
 
 enum class Into { kSet, kAdd, kScaleAndAdd };
 
-// One register tile of `product` below. A sum of `depth` products is rounded on its own before it joins what stands in c,
-// which keeps long sums accurate.
+// One register tile of `product` below. A sum of `depth` products is rounded on its own before it joins what stands in
+// c, which keeps long sums accurate.
 template <Into kInto, int kTileRows, int kTileVectors>
 static inline void product_tile(Broadcast a, const float* b, int64_t b_stride, int64_t depth, float* c,
                                 int64_t c_stride, const float* column_scale) {

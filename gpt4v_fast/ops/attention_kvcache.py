@@ -123,6 +123,15 @@ def prepare(
             checks.check_shape(name, table, tuple(rotary_cos.shape), "of rotary_cos")
         if 2 * rotary_cos.shape[1] > D:
             raise ValueError(f"rotary_cos: expected at most D / 2 = {D // 2} columns, got {rotary_cos.shape[1]}")
+    if torch.is_grad_enabled():
+        tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
+        tensors |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.requires_grad:
+                raise ValueError(
+                    f"{name}: expected a tensor that needs no gradient (attention_kvcache has none; call it under "
+                    "torch.no_grad()), got one that does"
+                )
     check_window(window)
     left, right = window or (None, None)
     return (

@@ -1,0 +1,149 @@
+"""What the compiler makes of the launch tables, read back without a GPU: see stand_in.py, readback.py and worker.py."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton kernels need triton")
+
+from gpu_compile.stand_in import CHIPS  # noqa: E402  (imports triton)
+from gpu_compile.worker import AttentionLaunch, CrossEntropyLaunch, compiled  # noqa: E402
+
+from gpt4v_fast.kernels import configs  # noqa: E402
+
+MATRIX = {
+    "sm_80": r"HMMA\.",
+    "sm_86": r"HMMA\.",
+    "sm_89": r"HMMA\.",
+    "sm_90": r"HGMMA\.",
+    "sm_100": r"UTC\w*MMA",
+    "sm_120": r"HMMA\.",
+    "gfx942": r"v_mfma_",
+}
+LOCAL_MEMORY = r"LDL|STL|scratch_"
+
+QUICK = [AttentionLaunch(arch, "bfloat16", 64) for arch in ("sm_80", "sm_90", "gfx942")]
+QUICK += [AttentionLaunch(arch, "bfloat16", 128, passes=("forward",)) for arch in ("sm_80", "sm_90", "gfx942")]
+
+_HEAD_SIZES = sorted({head_dim for _, _, head_dim in configs.ATTENTION})
+FULL = [
+    AttentionLaunch(arch, dtype, head_dim, causal=causal)
+    for arch in CHIPS
+    for dtype in ("bfloat16", "float16", "float32")
+    for head_dim in _HEAD_SIZES
+    for causal in (True, False)
+]
+FULL += [
+    AttentionLaunch(arch, "bfloat16", *shape, group=4, softcap=softcap)
+    for arch in CHIPS
+    for shape, softcap in (((72, 72), None), ((80, 80), None), ((192, 128), None), ((64, 64), 30.0))
+]
+
+LOSSES = [CrossEntropyLaunch(arch, "bfloat16", 50257) for arch in ("sm_80", "sm_90", "gfx942")]
+ALL_LOSSES = [
+    CrossEntropyLaunch(arch, dtype, V, weighted, smoothing, softcap)
+    for arch in CHIPS
+    for dtype in ("bfloat16", "float32")
+    for V, weighted, smoothing, softcap in ((50257, False, 0.0, None), (32000, True, 0.1, None), (1000, False, 0.0, 30.0))
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _start_compiling(request):
+    """All launches of the selected tests at once, so that the workers are busy while tests look at results."""
+    for item in request.session.items:
+        launch = getattr(item, "callspec", None) and item.callspec.params.get("launch")
+        if launch is not None:
+            compiled(launch)
+
+
+def _with_slow(quick, full):
+    slow = [x for x in dict.fromkeys(full) if x not in quick]
+    return [*quick, *(pytest.param(x, marks=pytest.mark.slow) for x in slow)]
+
+
+def _facts(launch):
+    return compiled(launch).result(timeout=280)
+
+
+@pytest.mark.parametrize("launch", _with_slow(QUICK, FULL), ids=str)
+def test_attention(launch):
+    kernels = _facts(launch)
+    chip = CHIPS[launch.arch]
+    assert len(kernels) == len({"forward": 1, "backward": 2}[p] for p in launch.passes) + ("backward" in launch.passes)
+    for name, facts in kernels.items():
+        about = f"{name} for {launch}: {facts.registers} registers, {facts.num_warps} warps"
+        assert facts.spill_bytes == 0, f"{about}: {facts.spill_bytes} bytes of stack a thread"
+        assert facts.shared_bytes <= chip.shared_bytes, f"{about}: {facts.shared_bytes} bytes of shared memory"
+        assert facts.registers <= chip.registers, about
+        assert len(facts.main_loops) >= 2, f"{about}: expected a masked and an unmasked loop"
+        for loop in facts.main_loops:
+            assert loop.count(LOCAL_MEMORY) == 0, about
+            assert loop.count(matrix_instruction(launch)) == loop.matrix, f"{about}: other matrix instructions"
+
+
+def matrix_instruction(launch) -> str:
+    """The matrix instruction that a launch must use, and no other."""
+    if launch.dtype == "float32" and launch.arch != "gfx942":
+        return r"HMMA|HGMMA|UTC\w*MMA"  # tf32, by whichever unit takes its tiles
+    return MATRIX[launch.arch]
+
+
+@pytest.mark.parametrize("launch", [x for x in QUICK if x.arch != "gfx942"], ids=str)
+def test_keys_and_values_come_by_128_bit_asynchronous_copies(launch):
+    facts = _facts(launch)["_attention_forward_kernel"]
+    for loop in facts.main_loops:
+        copies = [n for n in loop.instructions if n.startswith(("LDGSTS", "UTMALDG"))]
+        assert copies and all(".128" in n or n.startswith("UTMALDG") for n in copies)
+        assert loop.count("LDG\\.") == 0, "keys or values pass through registers"
+
+
+@pytest.mark.parametrize("launch", [x for x in QUICK if "backward" in x.passes], ids=str)
+def test_every_element_is_exponentiated_once(launch):
+    """No work is done twice because warps share a tile: at most 1.07 exponentials per score of the unmasked loop."""
+    tiles = configs.attention(launch.arch, torch.bfloat16, launch.D)
+    lanes = 64 if launch.arch == "gfx942" else 32
+    for name, tile in (
+        ("_attention_forward_kernel", tiles.forward),
+        ("_attention_backward_dq_kernel", tiles.backward_dq),
+        ("_attention_backward_dkdv_kernel", tiles.backward_dkdv),
+    ):
+        facts = _facts(launch)[name]
+        per_element = max(
+            loop.count(r"MUFU\.EX2|v_exp_f32") * facts.num_warps * lanes / (tile.block_m * tile.block_n)
+            for loop in facts.main_loops
+        )
+        assert 0.99 <= per_element <= 1.07, f"{name}: {per_element:.2f} exponentials per score"
+
+
+@pytest.mark.parametrize("launch", _with_slow(LOSSES, ALL_LOSSES), ids=str)
+def test_cross_entropy(launch):
+    """No spills, and every access to logits inside a row is 128 bits wide, for an odd vocabulary too."""
+    kernels = _facts(launch)
+    assert list(kernels) == ["_cross_entropy_forward_kernel", "_cross_entropy_backward_kernel"]
+    for name, facts in kernels.items():
+        about = f"{name} for {launch}: {facts.registers} registers"
+        assert facts.spill_bytes == 0, f"{about}: {facts.spill_bytes} bytes of stack a thread"
+        assert facts.shared_bytes <= CHIPS[launch.arch].shared_bytes, about
+        wide = r"LDG\.\S*128|global_load_dwordx4|buffer_load_dwordx4"
+        streaming = [loop for loop in facts.loops if loop.count(wide)]
+        assert streaming, f"{about}: no loop over the row with 128-bit loads"
+        if not launch.weighted:  # weights stand at another alignment
+            for loop in streaming:
+                loads = [n for n in loop.instructions if re.match(r"LDG|global_load|buffer_load", n)]
+                stores = [n for n in loop.instructions if re.match(r"STG|global_store|buffer_store", n)]
+                narrow = [n for n in loads + stores if not re.search(r"\.128|dwordx4", n)]
+                assert not narrow, f"{about}: narrow accesses in the loop over a row: {narrow}"
+
+
+def test_a_kernel_for_another_chip_is_noticed():
+    """The stand-in must not pass off what was compiled for one target as compiled for the next."""
+    facts = {arch: _facts(AttentionLaunch(arch, "bfloat16", 64))["_attention_forward_kernel"] for arch in CHIPS_QUICK}
+    assert {f.arch for f in facts.values()} == set(CHIPS_QUICK)
+    assert facts["sm_80"].count("HGMMA") == 0 and facts["sm_90"].count("HGMMA") > 0
+
+
+CHIPS_QUICK = ("sm_80", "sm_90", "gfx942")

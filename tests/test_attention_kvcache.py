@@ -1,0 +1,278 @@
+"""Attention against a key/value cache: against the oracle, against the dense op, in-place appends, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import BF16, DTYPES, FP16, FP32, ISAS
+from attention_cases import poisoned as poisoned  # a fixture
+from closeness import compare
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import gpt4v_fast as gf
+from gpt4v_fast import reference
+from gpt4v_fast.ops.attention_kvcache import prepare
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """S queries against caches that hold `lengths` tokens before `new` ones (0: none) are appended."""
+
+    name: str
+    lengths: tuple[int, ...]
+    S: int = 1
+    new: int = 0
+    H: int = 4
+    Hkv: int = 2
+    D: int = 16
+    Dv: int = 16
+    capacity: int = 150
+    page: int = 0
+    rotary: int = 0
+    sinks: bool = False
+    dtype: torch.dtype = FP32
+    causal: bool = True
+    window: tuple[int | None, int | None] | None = None
+    softcap: float | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(6)
+        B = len(self.lengths)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator).to(self.dtype)
+
+        tensors = {"q": random(B, self.S, self.H, self.D)}
+        if self.page:
+            each = -(-self.capacity // self.page)
+            pages = B * each + 3
+            tensors["k_cache"] = random(pages, self.page, self.Hkv, self.D)
+            tensors["v_cache"] = random(pages, self.page, self.Hkv, self.Dv)
+            tensors["block_table"] = torch.randperm(pages, generator=generator)[: B * each].view(B, each).int()
+        else:
+            tensors["k_cache"] = random(B, self.capacity, self.Hkv, self.D)
+            tensors["v_cache"] = random(B, self.capacity, self.Hkv, self.Dv)
+        tensors["cache_lengths"] = torch.tensor(self.lengths, dtype=torch.int32)
+        if self.new:
+            tensors["k"], tensors["v"] = random(B, self.new, self.Hkv, self.D), random(B, self.new, self.Hkv, self.Dv)
+        if self.rotary:
+            angles = torch.rand(self.capacity, self.rotary // 2, generator=generator) * 6
+            tensors["rotary_cos"], tensors["rotary_sin"] = angles.cos(), angles.sin()
+        if self.sinks:
+            tensors["sinks"] = torch.randn(self.H, generator=generator)
+        return tensors
+
+    def options(self) -> dict[str, Any]:
+        return {"causal": self.causal, "window": self.window, "softcap": self.softcap, "return_lse": True}
+
+
+CASES = [
+    Cached("decode", (70, 1, 129)),
+    Cached("decode-append", (70, 0, 129), new=1),
+    Cached("decode-append-bf16-gqa", (70, 0, 129), new=1, H=8, Hkv=2, D=64, Dv=64, dtype=BF16),
+    Cached("prefill", (0, 0), S=70, new=70),
+    Cached("prefill-onto-a-prefix", (33, 5), S=20, new=20, dtype=FP16),
+    Cached("empty-cache", (0, 3)),
+    Cached("no-batch", ()),
+    Cached("no-queries", (5,), S=0),
+    Cached("full-cache", (149,), new=1),
+    Cached("more-queries-than-tokens", (3, 40), S=10),
+    Cached("more-queries-than-new", (40, 9), S=5, new=2),
+    Cached("not-causal", (40, 9), S=5, causal=False),
+    Cached("window", (140, 9), S=5, new=5, window=(20, None)),
+    Cached("softcap-sinks", (40, 9), S=3, softcap=2.0, sinks=True),
+    Cached("wide-v", (40, 70), D=8, Dv=72),
+    Cached("rotary-half", (40, 9), S=4, new=4, rotary=8),
+    Cached("rotary-all", (40, 9), S=4, new=4, rotary=16),
+    Cached("rotary-queries-only", (40, 9), S=4, rotary=16),
+    Cached("paged", (70, 1, 129), page=16),
+    Cached("paged-append", (15, 16, 31), S=20, new=20, page=16, capacity=64),
+    Cached("paged-odd-rotary-bf16", (15, 0), S=7, new=7, page=5, capacity=30, rotary=16, dtype=BF16),
+]
+
+
+def check(case: Cached, isa: str | None = None, floor_ulps: float | None = None) -> None:
+    def fast(**tensors: torch.Tensor) -> Any:
+        tensors["k_cache"], tensors["v_cache"] = tensors["k_cache"].clone(), tensors["v_cache"].clone()
+        with gf.force(isa=isa, backend="cpu"):
+            out, lse = gf.attention_kvcache(**tensors, **case.options())
+        if case.rotary:
+            lse = lse.to(case.dtype)  # no better than that: rotated q and k are rounded to it before they meet
+        return out, lse, tensors["k_cache"], tensors["v_cache"]
+
+    def oracle(**tensors: torch.Tensor) -> Any:
+        tensors["k_cache"], tensors["v_cache"] = tensors["k_cache"].clone(), tensors["v_cache"].clone()
+        results = reference.attention_kvcache(**tensors, **case.options())
+        return (*results, tensors["k_cache"], tensors["v_cache"])
+
+    names = ("out", "lse", "k_cache", "v_cache")
+    # With one query a "row" of lse is one number, so the scale is that of a whole entry.
+    compare(fast, oracle, case.tensors(), native_dtype=FP32, output_names=names, floor_ulps=floor_ulps, row_dims=3)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_out_lse_and_caches_match_the_oracle(case, isa):
+    check(case, isa)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_combinations_match_the_oracle(data):
+    draw = data.draw
+    new, rotary, dtype = draw(st.integers(0, 5)), 2 * draw(st.integers(0, 4)), draw(st.sampled_from(DTYPES))
+    S = draw(st.integers(0, 6))
+    least = max(0, S - new) if rotary else 0
+    Hkv, page = draw(st.integers(1, 2)), draw(st.sampled_from([0, 1, 7, 16]))
+    side = st.none() | st.integers(0, 80)
+    case = Cached(
+        "drawn",
+        tuple(draw(st.lists(st.integers(least, 90), max_size=3))),
+        S=S,
+        new=new,
+        H=Hkv * draw(st.integers(1, 3)),
+        Hkv=Hkv,
+        D=draw(st.integers(8, 20)),
+        Dv=draw(st.integers(1, 20)),
+        capacity=96,
+        page=page,
+        rotary=rotary,
+        sinks=draw(st.booleans()),
+        dtype=dtype,
+        causal=draw(st.booleans()),
+        window=draw(st.none() | st.tuples(side, side)),
+        softcap=draw(st.sampled_from([None, 3.0])),
+    )
+    check(case, draw(st.sampled_from(ISAS)), floor_ulps=64 if dtype == FP32 else 4)
+
+
+def test_decoding_token_by_token_is_causal_attention():
+    B, S, H, Hkv, D = 2, 70, 4, 2, 16
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, S, h, D, generator=generator) for h in (H, Hkv, Hkv))
+    want = gf.attention(*(x.transpose(1, 2) for x in (q, k, v)), mask=gf.Mask(causal=True)).transpose(1, 2)
+    caches = [torch.full((B, S + 3, Hkv, D), math.nan) for _ in range(2)]
+    for t in range(S):
+        step = slice(t, t + 1)
+        out = gf.attention_kvcache(q[:, step], *caches, torch.full((B,), t), k=k[:, step], v=v[:, step])
+        torch.testing.assert_close(out, want[:, step], rtol=1e-5, atol=1e-5)
+    assert torch.equal(caches[0][:, :S], k) and torch.equal(caches[1][:, :S], v)
+    assert caches[0][:, S:].isnan().all() and caches[1][:, S:].isnan().all()
+
+
+def test_pages_are_the_dense_cache_in_another_order():
+    case = next(case for case in CASES if case.name == "paged")
+    paged = case.tensors()
+    dense = dict(paged)
+    table = dense.pop("block_table")
+    for name in ("k_cache", "v_cache"):
+        dense[name] = paged[name][table.long()].flatten(1, 2)
+    assert torch.equal(gf.attention_kvcache(**paged), gf.attention_kvcache(**dense))
+
+
+def test_pages_behind_the_last_token_may_be_anything():
+    case = next(case for case in CASES if case.name == "paged")
+    tensors = case.tensors()
+    want = gf.attention_kvcache(**tensors)
+    for b, length in enumerate(case.lengths):
+        used = -(-length // case.page)
+        tensors["block_table"][b, used:] = torch.tensor([-1, 10**6]).repeat(99)[: tensors["block_table"].shape[1] - used]
+    assert torch.equal(gf.attention_kvcache(**tensors), want)
+    assert torch.equal(reference.attention_kvcache(**tensors), reference.attention_kvcache(**case.tensors()))
+
+
+@pytest.mark.parametrize("run", [gf.attention_kvcache, reference.attention_kvcache], ids=["kernel", "oracle"])
+def test_what_lies_behind_the_last_token_is_not_read(run):
+    tensors = Cached("", (70, 0), S=3).tensors()
+    want = run(**tensors)
+    for name in ("k_cache", "v_cache"):
+        tensors[name][0, 70:] = math.nan
+        tensors[name][1] = math.inf
+    assert torch.equal(run(**tensors), want)
+    assert (want[1] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["decode-append", "paged-append", "rotary-all"])
+def test_opcheck(name):
+    case = next(case for case in CASES if case.name == name)
+    tensors = case.tensors()
+    arguments = prepare(**tensors, causal=True)
+    torch.library.opcheck(
+        torch.ops.gpt4v_fast.attention_kvcache.default, arguments, test_utils=("test_schema", "test_faketensor")
+    )
+
+
+def test_compiles_without_a_graph_break_and_still_writes_the_cache():
+    case = next(case for case in CASES if case.name == "decode-append")
+
+    def run(**tensors: torch.Tensor) -> torch.Tensor:
+        return gf.attention_kvcache(**tensors, causal=True)
+
+    one, other = case.tensors(), case.tensors()
+    assert torch.equal(run(**one), torch.compile(run, fullgraph=True, backend="aot_eager")(**other))
+    assert torch.equal(one["k_cache"], other["k_cache"]) and torch.equal(one["v_cache"], other["v_cache"])
+    assert not torch.equal(one["k_cache"], case.tensors()["k_cache"])
+
+
+def test_explain_names_the_kernel():
+    tensors = next(case for case in CASES if case.name == "decode").tensors()
+    assert gf.explain(gf.attention_kvcache, **tensors).backend == "cpu"
+
+
+def test_a_call_that_needs_gradients_is_refused():
+    tensors = Cached("", (5,)).tensors()
+    tensors["q"].requires_grad_()
+    with pytest.raises(ValueError, match="q: expected a tensor that needs no gradient"):
+        gf.attention_kvcache(**tensors)
+    with torch.no_grad():
+        assert torch.isfinite(gf.attention_kvcache(**tensors)).all()
+
+
+GOOD = Cached("good", (5, 9), S=2, new=2, capacity=16, rotary=8)
+PAGED = Cached("paged", (5, 9), S=2, new=2, capacity=16, rotary=8, page=4)
+
+REFUSED: list[tuple[str, Cached, dict[str, Any], type[Exception], str]] = [
+    ("q-3d", GOOD, {"q": torch.ones(2, 4, 16)}, ValueError, "q: expected 4 dimensions"),
+    ("cache-dtype", GOOD, {"k_cache": torch.ones(2, 16, 2, 16).half()}, TypeError, "k_cache: expected q's dtype"),
+    ("cache-heads", GOOD, {"k_cache": torch.ones(2, 16, 3, 16)}, ValueError, "k_cache: .* divides q's 4, got 3"),
+    ("cache-size", GOOD, {"k_cache": torch.ones(2, 16, 2, 15)}, ValueError, r"k_cache: expected shape .* got"),
+    ("caches-differ", GOOD, {"v_cache": torch.ones(2, 17, 2, 16)}, ValueError, "v_cache: expected shape .* got"),
+    ("lengths-float", GOOD, {"cache_lengths": torch.ones(2)}, TypeError, "cache_lengths: expected dtype int32"),
+    ("lengths-shape", GOOD, {"cache_lengths": torch.ones(3).int()}, ValueError, r"cache_lengths: .*\(2,\), got \(3,\)"),
+    ("length-over", GOOD, {"cache_lengths": torch.tensor([5, 15])}, ValueError, r"cache_lengths: .* 1 in \[0, 14\].*got 15"),
+    ("length-negative", GOOD, {"cache_lengths": torch.tensor([-1, 3])}, ValueError, r"cache_lengths: .* got -1"),
+    ("k-without-v", GOOD, {"v": None}, ValueError, "v: expected a tensor, since k is given, got None"),
+    ("k-shape", GOOD, {"k": torch.ones(2, 2, 2, 15)}, ValueError, "k: expected shape"),
+    ("v-tokens", GOOD, {"v": torch.ones(2, 3, 2, 16)}, ValueError, r"v: expected shape .* got \(2, 3, 2, 16\)"),
+    ("cos-without-sin", GOOD, {"rotary_sin": None}, ValueError, "rotary_sin: expected a tensor"),
+    ("cos-too-wide", GOOD, {"rotary_cos": torch.ones(16, 9), "rotary_sin": torch.ones(16, 9)}, ValueError,
+     "rotary_cos: expected at most D / 2 = 8 columns, got 9"),
+    ("cos-too-short", GOOD, {"rotary_cos": torch.ones(10, 4), "rotary_sin": torch.ones(10, 4)}, ValueError,
+     "rotary_cos: expected at least 11 positions for entry 1, got 10"),
+    ("window", GOOD, {"window": (-2, 0)}, ValueError, "window: .* got"),
+    ("softcap", GOOD, {"softcap": -1.0}, ValueError, "softcap: .* got -1.0"),
+    ("sinks", GOOD, {"sinks": torch.ones(3)}, ValueError, r"sinks: .*\(4,\), got \(3,\)"),
+    ("table-float", PAGED, {"block_table": torch.ones(2, 4)}, TypeError, "block_table: expected dtype int32"),
+    ("table-rows", PAGED, {"block_table": torch.ones(3, 4).int()}, ValueError, "block_table: expected shape"),
+    ("table-past-the-pool", PAGED, {"block_table": torch.full((2, 4), 99).int()}, ValueError,
+     r"block_table: expected pages in \[0, 11\), got 99 at \(0, 0\)"),
+    ("table-negative", PAGED, {"block_table": torch.full((2, 4), -1).int()}, ValueError, "block_table: .* got -1"),
+    ("table-too-short", PAGED, {"block_table": torch.zeros(2, 2).int()}, ValueError, "cache_lengths: .* holds 8 tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "bad", "error", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_bad_input_is_refused_and_the_caches_are_untouched(case, bad, error, message):
+    gf.attention_kvcache(**case.tensors())
+    call = {**case.tensors(), **bad}
+    before = {name: call[name].clone() for name in ("k_cache", "v_cache")}
+    with pytest.raises(error, match=message):
+        gf.attention_kvcache(**call)
+    assert all(torch.equal(call[name], cache) for name, cache in before.items())

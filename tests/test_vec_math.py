@@ -1,0 +1,49 @@
+"""The vector functions of csrc/simd/vec_math.h keep to the errors that they state, on every ISA."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from attention_cases import ISAS
+
+ROOT = Path(__file__).parent.parent
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
+FLAGS = {"scalar": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def measured(request, tmp_path_factory) -> dict[str, list[float]]:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler here")
+    program = tmp_path_factory.mktemp("vec_math") / request.param
+    flags = f"-std=c++17 -O2 -ffp-contract=off -fno-math-errno -DGPT4V_FAST_ISA={request.param} -I{ROOT / 'csrc'}"
+    source = ROOT / "tests" / "vec_math.cpp"
+    subprocess.run(
+        [compiler, *shlex.split(flags), *FLAGS[request.param].split(), str(source), "-o", str(program)], check=True
+    )
+    lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
+    return {name: [float(x) for x in rest] for name, *rest in (line.split() for line in lines)}
+
+
+def test_errors_are_those_that_the_header_states(measured):
+    assert 0 < measured["exp"][0] < 0.9e-7
+    assert 0 < measured["exp_of_negative"][1] < 6e-8
+    assert 0 < measured["tanh"][0] < 1.8e-7
+    assert 0 < measured["tanh"][1] < 1.2e-7
+
+
+def test_edges(measured):
+    nan, other_nan, inf, minus_inf, zero, minus_zero, large, minus_large, below, above = measured["exp_edges"]
+    assert math.isnan(nan) and math.isnan(other_nan)
+    assert (inf, minus_inf, zero, minus_zero) == (math.inf, 0.0, 1.0, 1.0)
+    assert (large, minus_large, below, above) == (math.inf, 0.0, 0.0, math.inf)
+    nan, other_nan, *rest = measured["tanh_edges"]
+    assert math.isnan(nan) and math.isnan(other_nan)
+    assert rest == [1.0, -1.0, 0.0, -0.0, 1.0, -1.0, -1.0, 1.0]
+    assert math.copysign(1.0, rest[3]) == -1.0

@@ -1,0 +1,50 @@
+// Prints the largest errors of csrc/simd/vec_math.h over a sweep, for tests/test_vec_math.py:
+//     name largest_relative_error largest_absolute_error
+// and the values at the edges. Compiled once per ISA, with GPT4V_FAST_ISA and the flags of setup.py.
+#include "simd/vec_math.h"
+
+#include <cmath>
+#include <cstdio>
+
+using namespace gpt4v_fast::GPT4V_FAST_ISA;
+namespace isa = gpt4v_fast::GPT4V_FAST_ISA;
+
+// Every `step`th float between the two, of each sign that the interval has.
+template <class Fast, class Exact>
+static void sweep(const char* name, float low, float high, uint32_t step, Fast fast, Exact exact) {
+  double relative = 0.0, absolute = 0.0;
+  for (int sign = 0; sign < 2; ++sign) {
+    const float limit = sign ? -low : high;
+    if (limit <= 0.0f) continue;
+    for (uint32_t bits = 0; bits + step * kLanes < float_to_bits(limit); bits += step * kLanes) {
+      Vec x;
+      for (int i = 0; i < kLanes; ++i) x[i] = bits_to_float((bits + i * step) | (sign ? 0x80000000u : 0u));
+      const Vec y = fast(x);
+      for (int i = 0; i < kLanes; ++i) {
+        const double want = exact(static_cast<double>(x[i])), error = std::fabs(y[i] - want);
+        if (!(error <= absolute)) absolute = error;  // also for a NaN
+        if (want != 0.0 && !(error / std::fabs(want) <= relative)) relative = error / std::fabs(want);
+      }
+    }
+  }
+  std::printf("%s %.9g %.9g\n", name, relative, absolute);
+}
+
+template <class Fast>
+static void edges(const char* name, Fast fast) {
+  const float inf = __builtin_inff(), nan = __builtin_nanf("");
+  const float inputs[] = {nan, bits_to_float(0xffc12345u), inf, -inf, 0.0f, -0.0f, 3e38f, -3e38f, -87.8f, 89.0f};
+  std::printf("%s_edges", name);
+  for (float x : inputs) std::printf(" %.9g", fast(broadcast(x))[kLanes - 1]);
+  std::printf("\n");
+}
+
+int main() {
+  const auto exp = [](Vec x) { return isa::exp(x); };
+  const auto tanh = [](Vec x) { return isa::tanh(x); };
+  sweep("exp", -87.0f, 88.0f, 499, exp, [](double x) { return std::exp(x); });
+  sweep("exp_of_negative", -200.0f, 0.0f, 499, exp, [](double x) { return std::exp(x); });
+  sweep("tanh", -30.0f, 30.0f, 499, tanh, [](double x) { return std::tanh(x); });
+  edges("exp", exp);
+  edges("tanh", tanh);
+}
