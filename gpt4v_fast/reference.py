@@ -251,7 +251,7 @@ def append_to_cache(
 
 
 def gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
-    """The dense cache (B, pages per entry * page, Hkv, D) of a paged one; unused entries of the table may be anything."""
+    """The dense cache (B, pages per entry * page, Hkv, D) of a paged one; unused entries may be anything."""
     B, entries = block_table.shape
     if cache.shape[0] == 0:
         return cache.new_zeros(B, entries * cache.shape[1], *cache.shape[2:])
@@ -264,8 +264,8 @@ def dropout_keep(
 ) -> torch.Tensor:
     """Which probabilities survive dropout: (B, H, S, T) booleans from Philox4x32-10 (Salmon et al. 2011).
 
-    key = (seed mod 2^32, seed div 2^32), counter = (j div 4, i, (sequence + b) H + h, 0); key j takes word j mod 4 and is
-    kept when it is at least floor(p 2^32). The bits depend on the position alone, not on tiles or threads.
+    key = (seed mod 2^32, seed div 2^32), counter = (j div 4, i, (sequence + b) H + h, 0); key j takes word j mod 4 and
+    is kept when it is at least floor(p 2^32). The bits depend on the position alone, not on tiles or threads.
     """
     counter = torch.meshgrid(
         torch.arange(sequence * H, (sequence + B) * H, device=device),

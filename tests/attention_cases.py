@@ -1,4 +1,4 @@
-"""The named cases of the attention tests, and how one is run: fast against the fp64 oracle, every output and gradient."""
+"""The named cases of the attention tests, and how one is run: every output and gradient against the fp64 oracle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ ISAS = backends.available_isas()
 @pytest.fixture
 def poisoned() -> Iterator[None]:
     """torch.empty gives NaN here, so an element that a kernel leaves out is seen."""
-    was_on, was_warning = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    was_on, was_warning = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
     yield
@@ -66,7 +69,9 @@ class Case:
         tensors = {name: lay_out(random(*shape).to(self.dtype), self.layout) for name, shape in shapes.items()}
         if self.bias is not None:
             bias = torch.randn(self.bias, generator=generator)
-            tensors["bias"] = bias > -0.3 if self.bias_dtype == torch.bool else bias.to(self.leaf_dtype(self.bias_dtype))
+            tensors["bias"] = (
+                bias > -0.3 if self.bias_dtype == torch.bool else bias.to(self.leaf_dtype(self.bias_dtype))
+            )
         if self.alibi:
             tensors["alibi_slopes"] = torch.rand((self.B, H) if self.alibi == "BH" else (H,), generator=generator)
         if self.sinks:
@@ -125,8 +130,8 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 def check(case: Case, isa: str | None = None, **options: Any) -> None:
     """Asserts that out, lse and every gradient of the case are as close as closeness.py asks.
 
-    Native is PyTorch in fp32 also where the tensors are bf16 or fp16: in these dtypes it is off by many times the one unit
-    that the kernels keep to.
+    Native is PyTorch in fp32 also where the tensors are bf16 or fp16: in these dtypes it is off by many times the one
+    unit that the kernels keep to.
     """
     settings = {**case.options(), **options}
 
@@ -236,7 +241,8 @@ SIZES = [
     Case("mqa-many-heads", 3, 40, B=2, H=24, Hkv=1),
 ]
 LAYOUTS = [
-    Case(f"{layout.replace(' ', '-')}-{str(dtype)[6:]}", 37, 70, B=2, H=4, Hkv=2, D=24, Dv=20, dtype=dtype, layout=layout)
+    Case(f"{layout.replace(' ', '-')}-{str(dtype)[6:]}", 37, 70, B=2, H=4, Hkv=2, D=24, Dv=20,
+         dtype=dtype, layout=layout)
     for layout in (
         "tokens before heads", "slice of qkv", "misaligned", "last dimension strided", "transposed matrix",
     )
@@ -281,7 +287,8 @@ SCORES = [
     Case("alibi-batch-top-left", 90, 70, B=3, alibi="BH", mask=top_left),
     Case("sinks", 70, 90, B=2, H=4, Hkv=2, sinks=True, mask=causal),
     Case("sinks-where-nothing-is-seen", 90, 40, sinks=True, mask=causal),
-    Case("all-of-them", 75, 75, B=2, H=4, Hkv=2, bias=(4, 75, 75), alibi="BH", sinks=True, softcap=5.0, mask=everything),
+    Case("all-of-them", 75, 75, B=2, H=4, Hkv=2, bias=(4, 75, 75), alibi="BH", sinks=True, softcap=5.0,
+         mask=everything),
     Case("scale-0", 30, 40, scale=0.0),
     Case("scale-negative", 30, 40, scale=-0.7, mask=causal),
     # fp32 scores around 250 have units of 1.5e-5, which is the relative error they pass on, by luck more or less.

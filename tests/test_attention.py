@@ -94,7 +94,9 @@ def test_random_combinations_match_the_oracle(data):
 def test_the_oracle_agrees_with_sdpa(kind, heads):
     torch.manual_seed(0)
     H, Hkv = heads
-    q, k, v = (torch.randn(2, h, n, 8, dtype=torch.float64, requires_grad=True) for h, n in ((H, 9), (Hkv, 9), (Hkv, 9)))
+    q, k, v = (
+        torch.randn(2, h, n, 8, dtype=torch.float64, requires_grad=True) for h, n in ((H, 9), (Hkv, 9), (Hkv, 9))
+    )
     bias = torch.randn(2, H, 9, 9, dtype=torch.float64)
     ours, theirs = {
         "plain": ({}, {}),
@@ -104,7 +106,7 @@ def test_the_oracle_agrees_with_sdpa(kind, heads):
         "scale": ({"scale": 0.3}, {"scale": 0.3}),
     }[kind]
     got = reference.attention(q, k, v, **ours)
-    want = F.scaled_dot_product_attention(q, k, v, enable_gqa=H != Hkv, **theirs)
+    want = F.scaled_dot_product_attention(q, k, v, enable_gqa=Hkv != H, **theirs)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(got)
     for a, b in zip(*(torch.autograd.grad(x, (q, k, v), upstream) for x in (got, want)), strict=True):
@@ -145,7 +147,9 @@ def test_a_row_that_sees_nothing_gives_zero_and_minus_infinity(dtype):
     assert torch.isfinite(lse[:, :, 30:]).all()
     upstream = torch.full_like(lse, 2.0)
     upstream[:, :, :30] = math.inf  # must not matter: these rows have no gradient
-    dq, dk, dv, dbias = torch.autograd.grad([out, lse], [tensors[n] for n in case.gradients], [torch.ones_like(out), upstream])
+    dq, dk, dv, dbias = torch.autograd.grad(
+        [out, lse], [tensors[n] for n in case.gradients], [torch.ones_like(out), upstream]
+    )
     assert (dq[:, :, :30] == 0).all() and (dbias[:30] == 0).all()
     assert all(torch.isfinite(x).all() for x in (dq, dk, dv, dbias))
 
@@ -158,7 +162,9 @@ def test_the_gradient_of_one_output_alone(of):
         tensors = {name: x.to(dtype).requires_grad_() for name, x in case.tensors().items()}
         out, lse = run(**tensors, **case.options())
         # sum() sends an expanded gradient of stride 0 upstream
-        grads.append(torch.autograd.grad((out if of == "out" else lse).sum(), list(tensors.values()), allow_unused=True))
+        grads.append(
+            torch.autograd.grad((out if of == "out" else lse).sum(), list(tensors.values()), allow_unused=True)
+        )
     for name, fast, exact, native in zip(case.tensors(), *grads, strict=True):
         if of == "lse" and name == "v":
             assert (fast == 0).all() and exact is None

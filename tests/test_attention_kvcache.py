@@ -183,7 +183,9 @@ def test_pages_behind_the_last_token_may_be_anything():
     want = gf.attention_kvcache(**tensors)
     for b, length in enumerate(case.lengths):
         used = -(-length // case.page)
-        tensors["block_table"][b, used:] = torch.tensor([-1, 10**6]).repeat(99)[: tensors["block_table"].shape[1] - used]
+        tensors["block_table"][b, used:] = torch.tensor([-1, 10**6]).repeat(99)[
+            : tensors["block_table"].shape[1] - used
+        ]
     assert torch.equal(gf.attention_kvcache(**tensors), want)
     assert torch.equal(reference.attention_kvcache(**tensors), reference.attention_kvcache(**case.tensors()))
 
@@ -246,7 +248,8 @@ REFUSED: list[tuple[str, Cached, dict[str, Any], type[Exception], str]] = [
     ("caches-differ", GOOD, {"v_cache": torch.ones(2, 17, 2, 16)}, ValueError, "v_cache: expected shape .* got"),
     ("lengths-float", GOOD, {"cache_lengths": torch.ones(2)}, TypeError, "cache_lengths: expected dtype int32"),
     ("lengths-shape", GOOD, {"cache_lengths": torch.ones(3).int()}, ValueError, r"cache_lengths: .*\(2,\), got \(3,\)"),
-    ("length-over", GOOD, {"cache_lengths": torch.tensor([5, 15])}, ValueError, r"cache_lengths: .* 1 in \[0, 14\].*got 15"),
+    ("length-over", GOOD, {"cache_lengths": torch.tensor([5, 15])}, ValueError,
+     r"cache_lengths: .* 1 in \[0, 14\].*got 15"),
     ("length-negative", GOOD, {"cache_lengths": torch.tensor([-1, 3])}, ValueError, r"cache_lengths: .* got -1"),
     ("k-without-v", GOOD, {"v": None}, ValueError, "v: expected a tensor, since k is given, got None"),
     ("k-shape", GOOD, {"k": torch.ones(2, 2, 2, 15)}, ValueError, "k: expected shape"),
@@ -264,7 +267,8 @@ REFUSED: list[tuple[str, Cached, dict[str, Any], type[Exception], str]] = [
     ("table-past-the-pool", PAGED, {"block_table": torch.full((2, 4), 99).int()}, ValueError,
      r"block_table: expected pages in \[0, 11\), got 99 at \(0, 0\)"),
     ("table-negative", PAGED, {"block_table": torch.full((2, 4), -1).int()}, ValueError, "block_table: .* got -1"),
-    ("table-too-short", PAGED, {"block_table": torch.zeros(2, 2).int()}, ValueError, "cache_lengths: .* holds 8 tokens"),
+    ("table-too-short", PAGED, {"block_table": torch.zeros(2, 2).int()}, ValueError,
+     "cache_lengths: .* holds 8 tokens"),
 ]  # fmt: skip
 
 

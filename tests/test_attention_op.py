@@ -236,7 +236,12 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("bias-shape", {"bias": ones(3, 6, 7)}, ValueError, r"bias: .* \(2, 4, 6, 7\), got \(3, 6, 7\)"),
     ("bias-5d", {"bias": ones(1, 1, 1, 6, 7)}, ValueError, "bias: expected a shape broadcastable"),
     ("bias-int", {"bias": ones(6, 7, dtype=torch.int64)}, TypeError, "bias: expected dtype .*, got int64"),
-    ("alibi-shape", {"alibi_slopes": ones(2)}, ValueError, r"alibi_slopes: expected shape \(4,\) or \(2, 4\), got \(2,\)"),
+    (
+        "alibi-shape",
+        {"alibi_slopes": ones(2)},
+        ValueError,
+        r"alibi_slopes: expected shape \(4,\) or \(2, 4\), got \(2,\)",
+    ),
     ("alibi-grad", {"alibi_slopes": ones(4).requires_grad_()}, ValueError, "alibi_slopes: .* needs no gradient"),
     ("sinks-shape", {"sinks": ones(2)}, ValueError, r"sinks: expected shape .*\(4,\), got \(2,\)"),
     ("softcap-0", {"softcap": 0.0}, ValueError, "softcap: expected None or a finite number > 0, got 0.0"),

@@ -116,7 +116,9 @@ def check(case: Packed, isa: str | None = None, floor_ulps: float | None = None,
     dropout = {**more, "dropout_seed": int(draw_seed(more["dropout_p"]))} if more else {}
 
     def oracle(**tensors: torch.Tensor) -> Any:
-        return reference.attention_varlen(cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], **tensors, **options, **dropout)
+        return reference.attention_varlen(
+            cu_seqlens_q=starts[0], cu_seqlens_k=starts[1], **tensors, **options, **dropout
+        )
 
     compare(
         fast,
@@ -268,19 +270,24 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("k-size", {"k": torch.ones(9, 2, 5)}, ValueError, r"k: expected shape .*\(9, 2, 4\), got \(9, 2, 5\)"),
     ("v-rows", {"v": torch.ones(8, 2, 4)}, ValueError, r"v: expected shape .*\(9, 2, 4\), got \(8, 2, 4\)"),
     ("v-dtype", {"v": torch.ones(9, 2, 4).half()}, TypeError, "v: expected q's dtype float32, got float16"),
-    ("starts-float", {"cu_seqlens_q": torch.ones(3)}, TypeError, "cu_seqlens_q: expected dtype int32, int64, got float32"),
-    ("starts-none", {"cu_seqlens_q": int32()}, ValueError, r"cu_seqlens_q: expected shape \(sequences \+ 1,\), got \(0,\)"),
+    ("starts-float", {"cu_seqlens_q": torch.ones(3)}, TypeError,
+     "cu_seqlens_q: expected dtype int32, int64, got float32"),
+    ("starts-none", {"cu_seqlens_q": int32()}, ValueError,
+     r"cu_seqlens_q: expected shape \(sequences \+ 1,\), got \(0,\)"),
     ("starts-2d", {"cu_seqlens_k": int32(0, 9)[None]}, ValueError, "cu_seqlens_k: expected 1 dimensions"),
     ("starts-differ", {"cu_seqlens_k": int32(0, 9)}, ValueError, r"cu_seqlens_k: expected shape .*\(3,\), got \(2,\)"),
-    ("starts-decrease", {"cu_seqlens_q": int32(0, 6, 5)}, ValueError, "cu_seqlens_q: .* do not decrease, got 6 then 5 at 2"),
-    ("starts-past-the-end", {"cu_seqlens_k": int32(0, 4, 10)}, ValueError, "cu_seqlens_k: .* within the 9 rows, got 10"),
+    ("starts-decrease", {"cu_seqlens_q": int32(0, 6, 5)}, ValueError,
+     "cu_seqlens_q: .* do not decrease, got 6 then 5 at 2"),
+    ("starts-past-the-end", {"cu_seqlens_k": int32(0, 4, 10)}, ValueError,
+     "cu_seqlens_k: .* within the 9 rows, got 10"),
     ("starts-from-1", {"cu_seqlens_q": int32(1, 4, 9)}, ValueError, "cu_seqlens_q: .* first element to be 0, got 1"),
     ("starts-negative", {"cu_seqlens_q": int32(0, -4, 9)}, ValueError, "cu_seqlens_q: .* got 0 then -4 at 1"),
     ("max-too-small", {"max_seqlen_q": 4}, ValueError, "max_seqlen of cu_seqlens_q: expected at least 5, .* got 4"),
     ("max-negative", {"max_seqlen_k": -2}, ValueError, "max_seqlen_k: expected None or a length >= 0, got -2"),
     ("align", {"align": "left"}, ValueError, "align: .* got 'left'"),
     ("window", {"window": (-1, 0)}, ValueError, r"window: .* got \(-1, 0\)"),
-    ("alibi", {"alibi_slopes": torch.ones(3, 2)}, ValueError, r"alibi_slopes: expected shape \(2,\) or \(2, 2\), got \(3, 2\)"),
+    ("alibi", {"alibi_slopes": torch.ones(3, 2)}, ValueError,
+     r"alibi_slopes: expected shape \(2,\) or \(2, 2\), got \(3, 2\)"),
     ("sinks", {"sinks": torch.ones(3)}, ValueError, r"sinks: expected shape .*\(2,\), got \(3,\)"),
     ("dropout", {"dropout_p": 1.5}, ValueError, "dropout_p: .* got 1.5"),
 ]  # fmt: skip
@@ -288,7 +295,10 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 
 @pytest.mark.parametrize(("bad", "error", "message"), [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_bad_input_is_refused(bad, error, message):
-    good = {name: torch.ones(9, 2, 4) for name in "qkv"} | {"cu_seqlens_q": int32(0, 4, 9), "cu_seqlens_k": int32(0, 4, 9)}
+    good = {name: torch.ones(9, 2, 4) for name in "qkv"} | {
+        "cu_seqlens_q": int32(0, 4, 9),
+        "cu_seqlens_k": int32(0, 4, 9),
+    }
     gf.attention_varlen(**good)
     with pytest.raises(error, match=message):
         gf.attention_varlen(**{**good, **bad})

@@ -59,7 +59,9 @@ def test_the_dense_mask_is_its_definition(data):
     B, S, T = draw(st.integers(1, 2)), draw(st.integers(0, 9)), draw(st.integers(0, 9))
 
     def ids(n: int) -> torch.Tensor:
-        return torch.tensor(draw(st.lists(st.integers(-1, 2), min_size=B * n, max_size=B * n)), dtype=torch.int32).view(B, n)
+        return torch.tensor(draw(st.lists(st.integers(-1, 2), min_size=B * n, max_size=B * n)), dtype=torch.int32).view(
+            B, n
+        )
 
     side = st.none() | st.integers(0, 10)
     lengths = draw(st.none() | st.lists(st.integers(0, T), min_size=B, max_size=B))
@@ -122,7 +124,11 @@ def test_a_far_image_block_is_found_across_blocks_of_keys():
         ({"window": (1.5, None)}, ValueError, r"window: .* got \(1.5, None\)"),
         ({"documents": torch.zeros(1, 4)}, TypeError, "documents: expected an int32 tensor, got torch.float32"),
         ({"documents": [0, 1]}, TypeError, "documents: expected an int32 tensor, got list"),
-        ({"image_blocks": (torch.zeros(1, 4).int(),)}, ValueError, "image_blocks: expected ids or a pair .* got 1 tensors"),
+        (
+            {"image_blocks": (torch.zeros(1, 4).int(),)},
+            ValueError,
+            "image_blocks: expected ids or a pair .* got 1 tensors",
+        ),
         ({"key_lengths": 3}, TypeError, "key_lengths: expected an int32 tensor, got int"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else None,

@@ -118,8 +118,8 @@ def attention(
             (B, H, S, T).
         alibi_slopes: (H,) or (B, H), fp32, not differentiable; `offset` is the mask's (T - S, or 0 for "top_left").
         sinks: (H,), one more logit per head in the denominator, differentiable.
-        dropout_p: probability of dropping an attention weight, in [0, 1); the seed comes from torch's CPU generator, the
-            stream is the package's own (docs/math.md) and does not depend on device or threads.
+        dropout_p: probability of dropping an attention weight, in [0, 1); the seed comes from torch's CPU generator,
+            the stream is the package's own (docs/math.md) and does not depend on device or threads.
         return_lse: also return lse.
 
     Returns:
@@ -194,9 +194,7 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     checks.check_shape("v", v, (B, Hkv, T, v.shape[3]), "(B, Hkv, T, Dv)")
 
 
-def check_bias(
-    bias: torch.Tensor | None, q: torch.Tensor, shape: tuple[int, int, int, int]
-) -> torch.Tensor | None:
+def check_bias(bias: torch.Tensor | None, q: torch.Tensor, shape: tuple[int, int, int, int]) -> torch.Tensor | None:
     """The bias with four dimensions, each 1 or the full size."""
     if bias is None:
         return None
@@ -217,7 +215,9 @@ def check_alibi(slopes: torch.Tensor | None, q: torch.Tensor, B: int, H: int) ->
     if tuple(slopes.shape) != (H,) and tuple(slopes.shape) != (B, H):
         raise ValueError(f"alibi_slopes: expected shape {(H,)} or {(B, H)}, got {tuple(slopes.shape)}")
     if slopes.requires_grad and torch.is_grad_enabled():
-        raise ValueError("alibi_slopes: expected a tensor that needs no gradient (use bias to learn one), got one that does")
+        raise ValueError(
+            "alibi_slopes: expected a tensor that needs no gradient (use bias to learn one), got one that does"
+        )
     return slopes
 
 

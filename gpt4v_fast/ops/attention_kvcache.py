@@ -8,8 +8,8 @@ import torch
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast.masks import check_window
-from gpt4v_fast.ops import checks, library
 from gpt4v_fast.ops import attention as dense
+from gpt4v_fast.ops import checks, library
 
 
 def attention_kvcache(
@@ -44,7 +44,8 @@ def attention_kvcache(
         block_table: (B, pages of an entry) int32; token t of entry b is in page block_table[b, t // page]. In this
             version pages are gathered into a dense copy first.
         rotary_cos, rotary_sin: (positions, R / 2) tables, both or neither; the first R <= D dimensions of q and k are
-            rotated at their positions in the halves convention of Llama and GPT-NeoX (x1 cos - x2 sin, x2 cos + x1 sin).
+            rotated at their positions in the halves convention of Llama and GPT-NeoX (x1 cos - x2 sin,
+            x2 cos + x1 sin).
         causal: query i sees the keys up to its own position.
         window, scale, softcap, sinks: as for `attention`.
         return_lse: also return lse (B, H, S), fp32, natural logarithm.
@@ -171,7 +172,9 @@ def _check_values(
                 f"tokens and {after - before} are appended), got {before}"
             )
         if rotary_cos is not None and after > rotary_cos.shape[0]:
-            raise ValueError(f"rotary_cos: expected at least {after} positions for entry {b}, got {rotary_cos.shape[0]}")
+            raise ValueError(
+                f"rotary_cos: expected at least {after} positions for entry {b}, got {rotary_cos.shape[0]}"
+            )
         if rotary_cos is not None and after < S:
             raise ValueError(f"cache_lengths: expected at least {S} tokens in entry {b} to rotate q, got {after}")
     if block_table is None:
@@ -263,7 +266,9 @@ def _request(*args: Any, **kwargs: Any) -> backends.Request:
     )
 
 
-def _fake(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, H, _ = q.shape
     out = q.new_empty(B, H, S, v_cache.shape[3]).transpose(1, 2)
     return out, q.new_empty(B, H, S, dtype=torch.float32)

@@ -151,7 +151,9 @@ def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> l
                 f"{name}: expected elements that do not decrease, got {numbers[b - 1]} then {numbers[b]} at {b}"
             )
         if 0 <= longest < length:
-            raise ValueError(f"max_seqlen of {name}: expected at least {length}, sequence {b - 1}'s length, got {longest}")
+            raise ValueError(
+                f"max_seqlen of {name}: expected at least {length}, sequence {b - 1}'s length, got {longest}"
+            )
     if numbers[-1] > rows:
         raise ValueError(f"{name}: expected an end within the {rows} rows, got {numbers[-1]}")
     return numbers
@@ -197,9 +199,7 @@ def _attention_varlen(
         lse[:, starts_q[-1] :] = -torch.inf
         q, k, v = (_heads_first(x) for x in (q, k, v))
         starts = (cu_seqlens_q, cu_seqlens_k)
-        call_native(
-            _C.attention_forward, q, k, v, options, out.transpose(0, 1)[None], lse[None], cu_seqlens=starts
-        )
+        call_native(_C.attention_forward, q, k, v, options, out.transpose(0, 1)[None], lse[None], cu_seqlens=starts)
         return out, lse
     out, lse = _run_reference(q.float(), k.float(), v.float(), options, cu_seqlens_q, cu_seqlens_k)
     return out.to(q.dtype), lse
