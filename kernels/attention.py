@@ -21,78 +21,28 @@ import triton
 import triton.language as tl
 
 from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels.attention_backward import _attention_backward_dkdv_kernel, _attention_backward_dq_kernel
 from gpt4v_fast.kernels.common import (
     LN2,
     LOG2E,
-    exp2,
+    key_bounds,
     last_dim_contiguous,
+    last_visible,
     launch_options,
+    load_tile,
     on_device,
+    online_softmax_step,
+    store_tile,
     strides_in_units,
     tanh,
     target_arch,
+    tile_pointers,
 )
 
 _LN2 = tl.constexpr(LN2)
-_LOG2E = tl.constexpr(LOG2E)
 MAX_HEAD_DIM = 256
 MAX_TILE = 256  # rows of a tile, at most
 MAX_ROW_STRIDE = 2**31 // MAX_TILE - MAX_HEAD_DIM  # elements; offsets inside a tile are 32-bit
-
-
-@triton.jit
-def _tile_pointers(base, rows, columns, stride):
-    """Addresses of a (rows, columns) tile of a matrix with row stride `stride`, below MAX_ROW_STRIDE.
-
-    A loop carries these and adds to them. Rejected: a scalar base plus offsets formed anew in every round (7.4 against
-    7.1 instructions per score on sm_80, head size 64, tile 128 x 128, 8 warps), and 64-bit offsets (7.3).
-    """
-    return base + (rows[:, None] * stride + columns[None, :])
-
-
-@triton.jit
-def _load_tile(pointers, rows, columns, n_rows, D: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """The tile, with zeros beyond n_rows rows (if asked to look) and D columns."""
-    if MASK_ROWS and D < columns.shape[0]:
-        return tl.load(pointers, mask=(rows < n_rows)[:, None] & (columns < D)[None, :], other=0.0)
-    elif MASK_ROWS:
-        return tl.load(pointers, mask=(rows < n_rows)[:, None], other=0.0)
-    elif D < columns.shape[0]:
-        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _store_tile(base, tile, rows, columns, stride, n_rows, D: tl.constexpr):
-    pointers = _tile_pointers(base, rows, columns, stride)
-    tl.store(pointers, tile.to(base.dtype.element_ty), mask=(rows < n_rows)[:, None] & (columns < D)[None, :])
-
-
-@triton.jit
-def _last_visible(queries, n_keys, offset, CAUSAL: tl.constexpr):
-    """The last key that each query may see: one number a row, so that a mask costs one comparison an element."""
-    if CAUSAL:
-        return tl.minimum(queries + offset, n_keys - 1)
-    else:
-        return tl.minimum(queries, 0) + (n_keys - 1)
-
-
-@triton.jit
-def _online_softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr):
-    """Take one block of scores into the running softmax: p, the factor for what came before, and the new statistics.
-
-    Scores times to_log2 (positive) are base-2 logits. A row that has seen nothing yet has a maximum of -inf; where a
-    mask makes that possible its exponents are taken from 0, so that they give 0 and not NaN.
-    """
-    new_max = tl.maximum(row_max, tl.max(scores, 1) * to_log2)  # (BLOCK_M,)
-    if MASKED:
-        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-    else:
-        origin = new_max
-    p = exp2(scores * to_log2 - origin[:, None])  # (BLOCK_M, BLOCK_N)
-    rescale = exp2(row_max - origin)
-    return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
 
 
 @triton.jit
@@ -106,34 +56,23 @@ def _attend(
     block = tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_D)
     columns_v = tl.arange(0, BLOCK_DV)
-    k_tile = _tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
-    v_tile = _tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
+    k_tile = tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
+    v_tile = tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
     if MASKED:
-        limit = _last_visible(queries, n_keys, offset, CAUSAL)
+        limit = last_visible(queries, n_keys, offset, CAUSAL)
     for start in tl.range(first_key, last_key, BLOCK_N):
-        k = _load_tile(k_tile, block, columns, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
+        k = load_tile(k_tile, block, columns, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
         if SOFTCAP:
             scores = tanh(scores * to_cap)
         if MASKED:
             scores = tl.where((start + block)[None, :] <= limit[:, None], scores, float("-inf"))
-        p, rescale, row_max, row_sum = _online_softmax_step(scores, row_max, row_sum, to_log2, MASKED)
-        v = _load_tile(v_tile, block, columns_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        p, rescale, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, to_log2, MASKED)
+        v = load_tile(v_tile, block, columns_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
         acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
         k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
         v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
     return acc, row_max, row_sum
-
-
-@triton.jit
-def _key_bounds(first_query, n_keys, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr):
-    """(unmasked, last): every query of the block sees all keys below `unmasked` (whole blocks), none from `last` on."""
-    last = n_keys
-    everyone = n_keys
-    if CAUSAL:
-        last = tl.maximum(tl.minimum(n_keys, first_query + BLOCK_M + offset), 0)
-        everyone = tl.maximum(tl.minimum(n_keys, first_query + 1 + offset), 0)
-    return everyone // BLOCK_N * BLOCK_N, last
 
 
 @triton.jit(do_not_specialize=["H", "S", "T", "offset"])
@@ -158,12 +97,12 @@ def _attention_forward_kernel(
     k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
     v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
 
-    q_tile = _tile_pointers(q_tile, block, columns, stride_qs * UNIT)
-    q = _load_tile(q_tile, block, columns, S - first_query, D, True)  # (BLOCK_M, BLOCK_D)
+    q_tile = tile_pointers(q_tile, block, columns, stride_qs * UNIT)
+    q = load_tile(q_tile, block, columns, S - first_query, D, True)  # (BLOCK_M, BLOCK_D)
     acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    unmasked, last = _key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
+    unmasked, last = key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
     # The masked blocks go first: what their masks need is then no burden on the registers of the long loop.
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T,
@@ -178,210 +117,8 @@ def _attention_forward_kernel(
     saw_nothing = row_sum == 0.0
     out = acc / tl.where(saw_nothing, 1.0, row_sum)[:, None]
     lse = tl.where(saw_nothing, float("-inf"), (row_max + tl.log2(row_sum)) * _LN2)
-    _store_tile(out_ptr + row * DV, out, block, columns_v, DV, S - first_query, DV)
+    store_tile(out_ptr + row * DV, out, block, columns_v, DV, S - first_query, DV)
     tl.store(lse_ptr + row + block, lse, mask=block < S - first_query)
-
-
-@triton.jit
-def _probabilities(products, lse, to_cap, to_log2, SOFTCAP: tl.constexpr):
-    """(p, slope) from q k^T: softmax as the forward pass had it, and d z / d (scale q k^T), 1 without a softcap."""
-    if SOFTCAP:
-        capped = tanh(products * to_cap)
-        return exp2(capped * to_log2 - lse), 1.0 - capped * capped
-    else:
-        return exp2(products * to_log2 - lse), 1.0
-
-
-@triton.jit
-def _accumulate_dq(
-    dq, q, dout, lse, delta, k_head, v_head, stride_k, stride_v, queries, first_key, last_key, n_keys, offset,
-    to_cap, to_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    block = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
-    k_tile = _tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
-    v_tile = _tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
-    if MASKED:
-        limit = _last_visible(queries, n_keys, offset, CAUSAL)
-    for start in tl.range(first_key, last_key, BLOCK_N):
-        k = _load_tile(k_tile, block, columns, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
-        v = _load_tile(v_tile, block, columns_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        p, slope = _probabilities(products, lse[:, None], to_cap, to_log2, SOFTCAP)
-        if MASKED:
-            p = tl.where((start + block)[None, :] <= limit[:, None], p, 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
-        ds = p * (dp - delta[:, None])
-        if SOFTCAP:
-            ds = ds * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
-        v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
-    return dq
-
-
-@triton.jit(do_not_specialize=["H", "S", "T", "offset"])
-def _attention_backward_dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_db, stride_dh, stride_ds,
-    H, S, T, offset, scale, to_cap, to_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(S, BLOCK_M)
-    first_query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    b = (tl.program_id(0) // blocks // H).to(tl.int64)
-    h = (tl.program_id(0) // blocks % H).to(tl.int64)
-    queries = first_query + tl.arange(0, BLOCK_M)
-    block = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
-    n_rows = S - first_query
-    row = (b * H + h) * S + first_query
-    q_tile = q_ptr + (b * stride_qb + h * stride_qh + first_query.to(tl.int64) * stride_qs) * UNIT
-    dout_tile = dout_ptr + (b * stride_db + h * stride_dh + first_query.to(tl.int64) * stride_ds) * UNIT
-    k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
-    v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
-
-    out_tile = _tile_pointers(out_ptr + row * DV, block, columns_v, DV)
-    dout_tile = _tile_pointers(dout_tile, block, columns_v, stride_ds * UNIT)
-    q_tile = _tile_pointers(q_tile, block, columns, stride_qs * UNIT)
-    out = _load_tile(out_tile, block, columns_v, n_rows, DV, True)  # (BLOCK_M, BLOCK_DV)
-    dout = _load_tile(dout_tile, block, columns_v, n_rows, DV, True)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
-    if HAS_DLSE:
-        delta -= tl.load(dlse_ptr + row + block, mask=block < n_rows, other=0.0)
-    # Rows past the end get an lse of +inf, so that their probabilities are 0 without a mask; a row that saw nothing has
-    # no use for the gradient of its lse, whatever that is.
-    lse = tl.load(lse_ptr + row + block, mask=block < n_rows, other=float("inf")) * _LOG2E
-    delta = tl.where(lse == float("-inf"), 0.0, delta)
-    tl.store(delta_ptr + row + block, delta, mask=block < n_rows)
-    q = _load_tile(q_tile, block, columns, n_rows, D, True)
-
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    unmasked, last = _key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
-    dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T, offset,
-        to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
-    )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
-        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
-    )  # fmt: skip
-    _store_tile(dq_ptr + row * D, dq * scale, block, columns, D, n_rows, D)
-
-
-@triton.jit
-def _accumulate_dkdv(
-    dk, dv, k, v, q_head, dout_head, lse_head, delta_head, stride_q, stride_d, keys, first_query, n_blocks, jump_from,
-    jump_to, n_queries, n_keys, offset, to_cap, to_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """n_blocks blocks of queries of one head for one block of keys; scores stand transposed, (keys, queries).
-
-    A masked walk takes the blocks that the diagonal cuts, up to jump_from, and then the last, ragged one at jump_to.
-    """
-    block = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
-    start = first_query
-    if MASKED:
-        start = tl.where(start < jump_from, start, jump_to)
-    q_tile = _tile_pointers(q_head + tl.cast(start, tl.int64) * stride_q, block, columns, stride_q)
-    dout_tile = _tile_pointers(dout_head + tl.cast(start, tl.int64) * stride_d, block, columns_v, stride_d)
-    for _ in tl.range(0, n_blocks):
-        q = _load_tile(q_tile, block, columns, n_queries - start, D, MASKED)  # (BLOCK_M, BLOCK_D)
-        dout = _load_tile(dout_tile, block, columns_v, n_queries - start, DV, MASKED)  # (BLOCK_M, BLOCK_DV)
-        if MASKED:
-            # Rows past the end get an lse of +inf, so that their probabilities are 0.
-            lse = tl.load(lse_head + start + block, mask=block < n_queries - start, other=float("inf"))
-            delta = tl.load(delta_head + start + block, mask=block < n_queries - start, other=0.0)
-        else:
-            lse = tl.load(lse_head + start + block)
-            delta = tl.load(delta_head + start + block)
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        p, slope = _probabilities(products, (lse * _LOG2E)[None, :], to_cap, to_log2, SOFTCAP)
-        if MASKED:
-            limit = _last_visible(start + block, n_keys, offset, CAUSAL)
-            p = tl.where(keys[:, None] <= limit[None, :], p, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        ds = p * (dp - delta[None, :])
-        if SOFTCAP:
-            ds = ds * slope
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-        step = BLOCK_M
-        if MASKED:
-            step = tl.where((start < jump_from) & (start + BLOCK_M >= jump_from), jump_to - start, BLOCK_M)
-        start += step
-        q_tile += tl.cast(stride_q, tl.int64) * step
-        dout_tile += tl.cast(stride_d, tl.int64) * step
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=["Hkv", "S", "T", "offset"])
-def _attention_backward_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    stride_db, stride_dh, stride_ds,
-    Hkv, S, T, offset, scale, to_cap, to_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    blocks = tl.cdiv(T, BLOCK_N)
-    first_key = tl.program_id(0) % blocks * BLOCK_N
-    b = (tl.program_id(0) // blocks // Hkv).to(tl.int64)
-    hkv = (tl.program_id(0) // blocks % Hkv).to(tl.int64)
-    block = tl.arange(0, BLOCK_N)
-    keys = first_key + block
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
-    n_rows = T - first_key
-    k_tile = k_ptr + (b * stride_kb + hkv * stride_kh + first_key.to(tl.int64) * stride_kt) * UNIT
-    v_tile = v_ptr + (b * stride_vb + hkv * stride_vh + first_key.to(tl.int64) * stride_vt) * UNIT
-    k_tile = _tile_pointers(k_tile, block, columns, stride_kt * UNIT)
-    v_tile = _tile_pointers(v_tile, block, columns_v, stride_vt * UNIT)
-    k = _load_tile(k_tile, block, columns, n_rows, D, True)  # (BLOCK_N, BLOCK_D)
-    v = _load_tile(v_tile, block, columns_v, n_rows, DV, True)  # (BLOCK_N, BLOCK_DV)
-
-    # Queries below `first` see no key of this block, those from `everyone` on see all of them that exist. Keys past the
-    # end need no mask: each makes a row of dk and dv that is never stored.
-    first = 0
-    everyone = 0
-    if CAUSAL:
-        first = tl.minimum(tl.maximum(first_key - offset, 0), S) // MASKED_M * MASKED_M
-        everyone = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
-    whole = S // BLOCK_M * BLOCK_M
-    everyone = tl.minimum(everyone, whole)
-    first = tl.minimum(first, everyone)
-    masked_blocks = (everyone - first) // MASKED_M + tl.cdiv(S - whole, MASKED_M)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
-    for member in range(GROUP):
-        h = hkv * GROUP + member
-        q_head = q_ptr + (b * stride_qb + h * stride_qh) * UNIT
-        dout_head = dout_ptr + (b * stride_db + h * stride_dh) * UNIT
-        statistics = (b * Hkv * GROUP + h) * S
-        dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
-            stride_ds * UNIT, keys, first, masked_blocks, everyone, whole, S, T, offset, to_cap, to_log2,
-            D, DV, MASKED_M, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
-        )  # fmt: skip
-        dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
-            stride_ds * UNIT, keys, everyone, (whole - everyone) // BLOCK_M, 0, 0, S, T, offset, to_cap, to_log2,
-            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
-        )  # fmt: skip
-    row = (b * Hkv + hkv) * T + first_key
-    _store_tile(dk_ptr + row * D, dk * scale, block, columns, D, n_rows, D)
-    _store_tile(dv_ptr + row * DV, dv, block, columns_v, DV, n_rows, DV)
 
 
 def _padded(head_dim: int) -> int:
@@ -398,7 +135,7 @@ def _kernel_layout(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float, float]:
-    """(q times factor, scale > 0, factor): the kernels take a row's maximum before scaling, so scale must be positive."""
+    """(factor * q, scale > 0, factor): the kernels take a row's maximum before scaling, so scale must be positive."""
     if scale > 0.0:
         return q, scale, 1.0
     return (-q, -scale, -1.0) if scale < 0.0 else (torch.zeros_like(q), 1.0, 0.0)
@@ -427,7 +164,7 @@ def attention_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out = softmax(z) v and lse = log sum exp(z), z = scale * q k^T, through softcap * tanh(z / softcap) if given.
 
-    q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv), all fp32, bf16 or fp16; H a multiple of Hkv, D and Dv up to 256.
+    q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv), all fp32, bf16 or fp16; H a multiple of Hkv, D, Dv <= 256.
     causal lets query i see the keys j <= i + offset. Returns out (B, H, S, Dv) in q's dtype and lse (B, H, S), fp32,
     natural logarithm. A query that sees no key gives 0 and -inf. Raises ValueError for a head size above 256.
 

@@ -1,4 +1,4 @@
-"""Softmax cross-entropy of given logits in Triton: one pass over the vocabulary forward, one backward, in place if asked.
+"""Softmax cross-entropy of given logits in Triton: a pass over the vocabulary forward, one backward, in place if asked.
 
     z = softcap * tanh(x / softcap), or x;   lse = log sum_j exp(z_j)
     nll = (1 - eps) w_y (lse - z_y) + eps / V * sum_j w_j (lse - z_j)
@@ -69,8 +69,10 @@ def _capped(x, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _online_step(x, valid, columns, row_max, origin, sums, smooth, weight_ptr, softcap,
-                 MASKED: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+def _online_step(
+    x, valid, columns, row_max, origin, sums, smooth, weight_ptr, softcap,
+    MASKED: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """Take one tile of logits into a row's statistics: maximum logit, origin of the exponents, and sums lane by lane.
 
     sums holds exp(z - origin), smooth holds w z. (z - origin) is formed before it is multiplied by log2(e): the
@@ -143,16 +145,14 @@ def _cross_entropy_forward_kernel(
     rescale = tl.where(body_max == float("-inf"), 0.0, exp2((body_origin - origin) * _LOG2E))
     log_sum = tl.log2(tl.sum(sums, 0) * rescale + tl.sum(edge_sums, 0)) * _LN2
 
-    # The lowest column that holds the maximum: in its tile of the body, or at the edges. NaN equals nothing; stay inside.
+    # The lowest column that holds the maximum, in its tile of the body or at the edges; for a row of NaN, the last one.
     valid = best // VECTOR + lane // VECTOR < vectors
     x = tl.load(logits_ptr + best + lane, mask=valid, other=float("-inf")).to(tl.float32)
     inner = tl.min(tl.where(valid & (x == row_max), head + best + lane, V - 1), 0)
     outer = tl.min(tl.where(exists & (edge == row_max), columns, V - 1), 0)
     tl.store(argmax_ptr + row, tl.where(counted, tl.minimum(inner, outer), -1).to(tl.int64))
 
-    z = _capped(
-        tl.load(logits_ptr + target - head, mask=counted, other=0.0).to(tl.float32), softcap, SOFTCAP
-    )
+    z = _capped(tl.load(logits_ptr + target - head, mask=counted, other=0.0).to(tl.float32), softcap, SOFTCAP)
     nll = origin - z + log_sum
     if HAS_WEIGHT:
         nll *= tl.load(weight_ptr + target, mask=counted, other=0.0)
@@ -166,8 +166,10 @@ def _cross_entropy_forward_kernel(
 
 
 @triton.jit
-def _logit_gradient(x, columns, valid, target, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
-                    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr):  # fmt: skip
+def _logit_gradient(
+    x, columns, valid, target, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
+    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """slope_p * softmax(z) - slope_target * [column = target] - slope_all * w, times dz/dx."""
     z = _capped(x, softcap, SOFTCAP)
     gradient = slope_p * exp2((z - lse) * _LOG2E)
@@ -243,9 +245,7 @@ def _cross_entropy_backward_kernel(
         for start in tl.range(0, whole, BLOCK):
             tl.store(out_ptr + start + lane, tl.zeros((BLOCK,), out_ptr.dtype.element_ty) + nothing)
         tl.store(out_ptr + whole + lane, tl.zeros((BLOCK,), out_ptr.dtype.element_ty) + nothing, mask=valid)
-        tl.store(
-            out_ptr + columns - head, tl.zeros((2 * VECTOR,), out_ptr.dtype.element_ty) + nothing, mask=exists
-        )
+        tl.store(out_ptr + columns - head, tl.zeros((2 * VECTOR,), out_ptr.dtype.element_ty) + nothing, mask=exists)
 
 
 def _from_boundary(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -280,7 +280,7 @@ def cross_entropy_forward(
     label_smoothing: float,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(nll, lse, argmax) of each row: the loss as in this file's first lines, log sum exp(z), the largest logit's column.
+    """(nll, lse, argmax) of each row: the loss as this file begins with, log sum exp(z), the largest logit's column.
 
     logits (N, V) fp32, bf16 or fp16, any row stride; target (N,) int64; weight (V,); softcap positive. nll and lse are
     fp32, argmax int64 and the lowest of equals. A row whose target is ignore_index gives 0, 0 and -1. A target outside

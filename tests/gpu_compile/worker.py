@@ -33,7 +33,8 @@ class AttentionLaunch:
 
     def __str__(self) -> str:
         name = f"{self.arch}-{self.dtype}-d{self.D}" + (f"-dv{self.Dv}" if self.Dv else "")
-        return name + ("-causal" if self.causal else "") + ("-softcap" if self.softcap else "")
+        name += ("-causal" if self.causal else "") + ("-softcap" if self.softcap else "")
+        return name if len(self.passes) == 2 else f"{name}-{self.passes[0]}"
 
     def run(self) -> None:
         import torch
