@@ -1,4 +1,4 @@
-"""The backward kernels of flash attention; kernels/attention.py has the algorithm, the forward kernel, the launchers."""
+"""The backward kernels of flash attention; kernels/attention.py has the algorithm, forward kernel and launchers."""
 
 from __future__ import annotations
 
