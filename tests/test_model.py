@@ -407,6 +407,20 @@ def test_a_second_turn_continues_the_cache():
     assert torch.equal(fresh, going_on)
 
 
+def test_speculation_changes_nothing():
+    model = make_model()
+    ids = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
+    plain = model.generate(input_ids=ids, **options)
+    assert torch.equal(model.generate(input_ids=ids, prompt_lookup_num_tokens=3, **options), plain)
+
+
+def test_a_static_cache_is_refused():
+    model = make_model()
+    with pytest.raises(ValueError, match=r"past_key_values must be a cache that grows.*got StaticCache"):
+        model.generate(input_ids=torch.tensor([[7, 8, 9]]), max_new_tokens=2, cache_implementation="static")
+
+
 # Trainer
 
 

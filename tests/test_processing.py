@@ -392,6 +392,18 @@ def test_saving_replaces_weights_and_keeps_the_rest(saved, copy):
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
+def test_saving_where_the_process_stands(saved, copy, monkeypatch):
+    _, model = saved
+    (copy / "model-00001-of-00002.safetensors").write_bytes(b"an old shard")
+    monkeypatch.chdir(copy)
+    model.save_pretrained(".")
+    assert (copy / "config.json").samefile("config.json")
+    assert not (copy / "model-00001-of-00002.safetensors").exists()
+    again = GPT4VForConditionalGeneration.from_pretrained(".")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert not [path for path in (*copy.iterdir(), *copy.parent.iterdir()) if path.name.startswith(".")]
+
+
 def test_atomic_folder_appears_at_the_end_only(tmp_path):
     target = tmp_path / "new"
     with atomic_folder(target) as folder:

@@ -33,11 +33,7 @@ def check_folder(folder: str | os.PathLike, *needed: tuple[str, ...]) -> None:
     if not path.is_dir():
         if path.is_file():
             raise ValueError(f"a checkpoint must be a folder, got the file {path}")
-        if (
-            path.is_absolute()
-            or str(folder).startswith((".", "~"))
-            or (path.parent.is_dir() and len(path.parts) != 2)
-        ):
+        if len(path.parts) != 2 or str(folder).startswith((".", "~", "/")):  # a hub id is owner/name
             raise FileNotFoundError(f"checkpoint folder not found: {path}")
         return
     for names in needed:
@@ -51,9 +47,7 @@ def check_folder(folder: str | os.PathLike, *needed: tuple[str, ...]) -> None:
         except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
             raise ValueError(f"checkpoint {path}: config.json must be a JSON object, got {error}") from error
         if came != MODEL_TYPE:
-            raise ValueError(
-                f"checkpoint {path}: expected model_type {MODEL_TYPE!r} in config.json, got {came!r}"
-            )
+            raise ValueError(f"checkpoint {path}: expected model_type {MODEL_TYPE!r} in config.json, got {came!r}")
 
 
 @contextmanager
@@ -63,9 +57,10 @@ def atomic_folder(target: str | os.PathLike, replaces: tuple[str, ...] = ()) -> 
 
     What `target` holds and the block did not write is kept, but for names that match a pattern of `replaces`.
     A reader sees the old folder or the new one; only between the two renames (microseconds) none stands
-    there, and the old one waits under a name that starts with ".old-".
+    there, and the old one waits under a name that starts with ".old-". A folder that cannot be renamed (a mount
+    point, or where the process stands) gets the new files one by one, each of them whole.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()
     if target.is_file():
         raise NotADirectoryError(f"a checkpoint must be written to a folder, got the file {target}")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,27 +68,51 @@ def atomic_folder(target: str | os.PathLike, replaces: tuple[str, ...] = ()) -> 
     fresh.mkdir()
     try:
         yield fresh
-        for entry in target.iterdir() if target.is_dir() else ():
-            if not (fresh / entry.name).exists() and not any(entry.match(pattern) for pattern in replaces):
-                copy = shutil.copytree if entry.is_dir() else shutil.copy2
-                copy(entry, fresh / entry.name)
         for file in fresh.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        if target.is_dir():
-            old = target.parent / f".old-{target.name}-{uuid4().hex[:12]}"
-            target.rename(old)
-            try:
-                fresh.rename(target)
-            except OSError:
-                old.rename(target)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        else:
+        if not target.is_dir():
             fresh.rename(target)
+        elif Path.cwd().is_relative_to(target) or not _swap(fresh, target, replaces):
+            _replace_files(fresh, target, replaces)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _swap(fresh: Path, target: Path, replaces: tuple[str, ...]) -> bool:
+    """Puts `fresh`, and what it lacks of `target`, in the place of `target`; False where that cannot be renamed."""
+    for entry in target.iterdir():
+        if (fresh / entry.name).exists() or any(entry.match(pattern) for pattern in replaces):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, fresh / entry.name, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, fresh / entry.name)
+    old = target.parent / f".old-{target.name}-{uuid4().hex[:12]}"
+    try:
+        target.rename(old)
+    except OSError:
+        return False
+    try:
+        fresh.rename(target)
+    except OSError:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def _replace_files(fresh: Path, target: Path, replaces: tuple[str, ...]) -> None:
+    for file in sorted(path for path in fresh.rglob("*") if path.is_file()):
+        place = target / file.relative_to(fresh)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        partial = place.with_name(f".new-{place.name}")
+        shutil.copy2(file, partial)
+        partial.replace(place)
+    for entry in target.iterdir():
+        if any(entry.match(pattern) for pattern in replaces) and not (fresh / entry.name).exists():
+            entry.unlink()
 
 
 class CheckedModel:
@@ -109,7 +128,8 @@ class CheckedModel:
                 shape (`ignore_mismatched_sizes=True` allows the last, for a changed head).
         """
         where = pretrained_model_name_or_path
-        check_folder(where, ("config.json",), WEIGHTS)
+        part = kwargs.get("subfolder")
+        check_folder(Path(where, part) if part else where, ("config.json",), WEIGHTS)
         wants_info = kwargs.pop("output_loading_info", False)
         lenient = kwargs.get("ignore_mismatched_sizes", False)
         try:
@@ -130,10 +150,16 @@ class CheckedModel:
         if kwargs.get("push_to_hub"):
             super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
             return
-        with atomic_folder(
-            save_directory, replaces=("model*.safetensors", "model.safetensors.index.json")
-        ) as folder:
+        with atomic_folder(save_directory, replaces=("model*.safetensors", "model.safetensors.index.json")) as folder:
             super().save_pretrained(folder, *args, **kwargs)  # type: ignore[misc]
+
+
+def _link(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """A second name for the same file, since what is kept may be gigabytes; a copy where links are not possible."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _some(names: list[str]) -> str:

@@ -1,4 +1,7 @@
-"""A vision-language model of the GPT-4V family for transformers, registered with its Auto classes."""
+"""A vision-language model of the GPT-4V family for transformers, registered with its Auto classes.
+
+Made for transformers 5; tested with 5.0.0 and 5.23.0.
+"""
 
 from transformers import (
     AutoConfig,

@@ -20,9 +20,7 @@ def _require(holds: bool, expected: str, got: object) -> None:
 def _check_choice(config: PreTrainedConfig, name: str) -> None:
     value = getattr(config, name)
     if value not in IMPLEMENTATIONS[name]:
-        raise ValueError(
-            f"{type(config).__name__}: {name} must be one of {IMPLEMENTATIONS[name]}, got {value!r}"
-        )
+        raise ValueError(f"{type(config).__name__}: {name} must be one of {IMPLEMENTATIONS[name]}, got {value!r}")
 
 
 class GPT4VVisionConfig(PreTrainedConfig):
@@ -128,9 +126,7 @@ class GPT4VTextConfig(PreTrainedConfig):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         # 8/3 of the width, as SwiGLU has three matrices where an MLP has two, rounded up to whole cache lines
-        self.intermediate_size = (
-            -(-hidden_size * 8 // 3 // 32) * 32 if intermediate_size is None else intermediate_size
-        )
+        self.intermediate_size = -(-hidden_size * 8 // 3 // 32) * 32 if intermediate_size is None else intermediate_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_attention_heads if num_key_value_heads is None else num_key_value_heads
@@ -154,9 +150,7 @@ class GPT4VTextConfig(PreTrainedConfig):
             "num_attention_heads must be a positive multiple of num_key_value_heads",
             (num_attention_heads, self.num_key_value_heads),
         )
-        _require(
-            self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be positive and even", self.head_dim
-        )
+        _require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be positive and even", self.head_dim)
         super().__init__(**kwargs)
 
 
@@ -214,9 +208,7 @@ class GPT4VConfig(PreTrainedConfig):
             f"projector_merge must divide the {grid} patches of an image's side",
             projector_merge,
         )
-        _require(
-            0 <= image_token_id < vocab_size, f"image_token_id must be in [0, {vocab_size})", image_token_id
-        )
+        _require(0 <= image_token_id < vocab_size, f"image_token_id must be in [0, {vocab_size})", image_token_id)
         kwargs.pop("image_seq_length", None)
         super().__init__(**kwargs)
         self.tie_word_embeddings = tie_word_embeddings
@@ -231,9 +223,7 @@ class GPT4VConfig(PreTrainedConfig):
             return kind(**value)
         if isinstance(value, kind):
             return value
-        raise TypeError(
-            f"GPT4VConfig: {name} must be a {kind.__name__} or a dict, got {type(value).__name__}"
-        )
+        raise TypeError(f"GPT4VConfig: {name} must be a {kind.__name__} or a dict, got {type(value).__name__}")
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and self.to_dict() == other.to_dict()

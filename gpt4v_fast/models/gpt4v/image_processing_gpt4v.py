@@ -49,9 +49,7 @@ def open_image(source: Any) -> Image.Image:
     elif hasattr(source, "read"):
         name = "the image file"
     else:
-        raise TypeError(
-            f"an image must be a path, bytes, PIL image, array or tensor, got {type(source).__name__}"
-        )
+        raise TypeError(f"an image must be a path, bytes, PIL image, array or tensor, got {type(source).__name__}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -98,9 +96,7 @@ def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
         elif not last:
             data = data[..., 0:0]
     if data.ndim not in (2, 3) or data.size == 0:
-        raise ValueError(
-            f"an image array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got shape {shape}"
-        )
+        raise ValueError(f"an image array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got shape {shape}")
     if data.shape[0] * data.shape[1] > MAX_PIXELS:
         raise ValueError(f"an image must have at most {MAX_PIXELS // 10**6} megapixels, got shape {shape}")
     if data.ndim == 3 and data.shape[-1] == 1:
@@ -167,9 +163,7 @@ class GPT4VImageProcessor(BaseImageProcessor):
             raise ValueError(f"resample must be one of {sorted(RESAMPLINGS)}, got {resample}")
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any
-    ) -> GPT4VImageProcessor:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> GPT4VImageProcessor:
         """transformers' `from_pretrained`; raises FileNotFoundError for a folder without the processor's
         file."""
         check_folder(pretrained_model_name_or_path, ("preprocessor_config.json", "processor_config.json"))

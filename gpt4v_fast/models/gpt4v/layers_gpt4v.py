@@ -51,9 +51,7 @@ def eager_attention_forward(
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, S, T)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(
-        scores.softmax(-1, dtype=torch.float32).to(query.dtype), p=dropout, training=module.training
-    )
+    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2), weights
 
 
@@ -219,9 +217,7 @@ class GPT4VVisionTower(nn.Module):
         std = torch.tensor(config.image_std, device=pixels.device)
         positions = self.positions(rows, columns)
         if config.patch_embed_implementation == "gpt4v_fast":
-            return gf.patch_embed(
-                pixels, conv.weight, bias=conv.bias, mean=mean, std=std, pos_embed=positions
-            )
+            return gf.patch_embed(pixels, conv.weight, bias=conv.bias, mean=mean, std=std, pos_embed=positions)
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         normal = (scaled - mean[:, None, None]) / std[:, None, None]
         return conv(normal.to(conv.weight.dtype)).flatten(2).transpose(1, 2) + positions

@@ -47,23 +47,15 @@ class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
             if part._attn_implementation is None:
                 part._attn_implementation = config._attn_implementation
 
-    def get_correct_attn_implementation(
-        self, requested_attention: str | None, is_init_check: bool = False
-    ) -> str:
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = "gpt4v_fast" if requested_attention is None else requested_attention
         if requested not in ("gpt4v_fast", "sdpa", "eager"):
-            raise ValueError(
-                f"attn_implementation must be 'gpt4v_fast', 'sdpa' or 'eager', got {requested!r}"
-            )
+            raise ValueError(f"attn_implementation must be 'gpt4v_fast', 'sdpa' or 'eager', got {requested!r}")
         return requested
 
-    def set_attn_implementation(
-        self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
-    ) -> None:
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
         """For the whole model, or for its parts: {"vision_config": "sdpa", "text_config": "gpt4v_fast"}."""
-        values = (
-            attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
-        )
+        values = attn_implementation.values() if isinstance(attn_implementation, dict) else [attn_implementation]
         for value in values:
             self.get_correct_attn_implementation(value)
         self.config._attn_implementation = attn_implementation
@@ -137,9 +129,7 @@ class GPT4VModel(GPT4VPreTrainedModel):
             if input_ids.device.type == "cpu" and input_ids.numel():
                 low, high = (int(bound) for bound in input_ids.aminmax())
                 if low < 0 or high >= table.num_embeddings:
-                    raise IndexError(
-                        f"input_ids must be in [0, {table.num_embeddings}), got values in [{low}, {high}]"
-                    )
+                    raise IndexError(f"input_ids must be in [0, {table.num_embeddings}), got values in [{low}, {high}]")
             return table(input_ids), input_ids == self.config.image_token_id
         if input_ids is None and inputs_embeds is not None:
             return inputs_embeds, (inputs_embeds == table.weight[self.config.image_token_id]).all(-1)
@@ -206,6 +196,9 @@ class GPT4VModel(GPT4VPreTrainedModel):
             use_cache = self.config.text_config.use_cache and not self.training
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        if past_key_values is not None and past_key_values.is_compileable:
+            kind = type(past_key_values).__name__
+            raise ValueError(f"past_key_values must be a cache that grows, such as DynamicCache, got {kind}")
         past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
             raise ValueError(
@@ -213,9 +206,7 @@ class GPT4VModel(GPT4VPreTrainedModel):
                 f"got {tuple(attention_mask.shape)}"
             )
         features = None if pixel_values is None else self.get_image_features(pixel_values)
-        hidden_states = self.language_model.dropout(
-            self._place_images(inputs_embeds, is_image, features, past)
-        )
+        hidden_states = self.language_model.dropout(self._place_images(inputs_embeds, is_image, features, past))
         if position_ids is None:
             position_ids = torch.arange(past, past + length, device=hidden_states.device).expand(batch, -1)
             if attention_mask is not None:
@@ -251,9 +242,7 @@ class GPT4VModel(GPT4VPreTrainedModel):
 class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
     """The model with its head: losses, `generate`."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {
-        "lm_head.weight": "model.language_model.embed_tokens.weight"
-    }
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
     def __init__(self, config: GPT4VConfig):
         super().__init__(config)
@@ -278,17 +267,14 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         return self.model.get_image_features(pixel_values, **kwargs)
 
-    def _loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None
-    ) -> torch.Tensor:
+    def _loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None) -> torch.Tensor:
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
         reduction = "mean" if num_items is None else "sum"
+        loss: Any
         if self.config.loss_implementation == "gpt4v_fast":
             weight = self.lm_head.weight
-            loss = gf.linear_cross_entropy(
-                hidden.to(weight.dtype), weight, labels, shift=1, reduction=reduction
-            )
+            loss = gf.linear_cross_entropy(hidden.to(weight.dtype), weight, labels, shift=1, reduction=reduction)
         else:
             logits = self.lm_head(hidden[:, :-1]).float()
             loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
@@ -364,12 +350,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
     def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """transformers' `generate`; with `pixel_values` and no text it captions each image."""
         pixels = kwargs.get("pixel_values")
-        if (
-            inputs is None
-            and pixels is not None
-            and kwargs.get("input_ids") is None
-            and "inputs_embeds" not in kwargs
-        ):
+        if inputs is None and pixels is not None and kwargs.get("input_ids") is None and "inputs_embeds" not in kwargs:
             kwargs["input_ids"] = self.caption_prompt(pixels)
         return super().generate(inputs, *args, **kwargs)
 

@@ -23,9 +23,7 @@ from __future__ import annotations
 from typing import Any
 
 
-def _vision(
-    hidden: int, layers: int, heads: int, image: int, patch: int, mlp: int | None = None
-) -> dict[str, Any]:
+def _vision(hidden: int, layers: int, heads: int, image: int, patch: int, mlp: int | None = None) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "num_hidden_layers": layers,

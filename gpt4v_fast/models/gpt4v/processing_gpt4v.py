@@ -85,9 +85,7 @@ class GPT4VProcessor(ProcessorMixin):
                 raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
             self._check_marks(prompts, images, len(flat))
             kwargs.setdefault("padding", len(prompts) > 1)
-            expanded = [
-                p.replace(self.image_token, self.image_token * self.image_seq_length) for p in prompts
-            ]
+            expanded = [p.replace(self.image_token, self.image_token * self.image_seq_length) for p in prompts]
             data.update(self.tokenizer(expanded, return_tensors=return_tensors, **kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
