@@ -1,0 +1,518 @@
+"""gf.linear_cross_entropy on the CPU: its numbers against the fp64 oracle, its memory, and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from closeness import compare
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import BF16, FP16, FP32, IGNORED, ISAS, at_thread_counts, class_weights, make_labels, same_bits
+from loss_cases import poisoned as poisoned  # a fixture
+
+import gpt4v_fast as gf
+from gpt4v_fast import reference
+from gpt4v_fast._native import _C, view
+from gpt4v_fast.ops.linear_cross_entropy import prepare
+
+OPS = torch.ops.gpt4v_fast
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    name: str
+    N: int
+    V: int
+    E: int
+    dtype: torch.dtype = FP32
+    spread: float = 2.0  # standard deviation of the logits
+    planted: bool = False  # rows of the weight equal to hidden's: the label of a token is then nearly certain
+    bias: torch.dtype | None = None
+    ignored: float = 0.2
+    ignore_index: int = IGNORED
+    weighted: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    reduction: str = "none"
+    # None: closeness.py's. A unit in the last place of a logit of 16 is 16 of its probability, so 16 + |logit| is fair
+    # where probabilities are small and alone in their row of the weight's gradient.
+    floor_ulps: float | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(self.N, self.E, generator=generator)
+        weight = torch.randn(self.V, self.E, generator=generator) * (self.spread / math.sqrt(max(self.E, 1)))
+        if self.planted:
+            counted = self.target().clamp(min=0)
+            weight[counted] = self.spread * hidden
+        tensors = {"hidden": hidden.to(self.dtype), "weight": weight.to(self.dtype)}
+        if self.bias is not None:
+            tensors["bias"] = torch.randn(self.V, generator=generator).to(self.bias)
+        return tensors
+
+    def target(self) -> torch.Tensor:
+        return make_labels(self.N, self.V, self.ignored, self.ignore_index)
+
+    def options(self) -> dict[str, Any]:
+        names = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
+        options = {name: getattr(self, name) for name in names}
+        return {**options, "class_weight": class_weights(self.V) if self.weighted else None}
+
+
+EVERYTHING = {"weighted": True, "label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 4.0}
+CASES = [
+    Case("one-by-one", 1, 1, 1, ignored=0.0),
+    Case("one-class", 5, 1, 9, weighted=True, label_smoothing=0.3, z_loss=0.01),
+    Case("no-depth", 6, 11, 0, bias=FP32),
+    Case("small", 9, 7, 5, BF16, bias=BF16),
+    Case("one-tile", 48, 64, 128),
+    Case("one-over", 49, 65, 129, FP16, bias=FP32),
+    Case("several-ranges", 50, 1031, 70, BF16, label_smoothing=0.1),
+    Case("everything", 61, 301, 33, bias=FP32, **EVERYTHING),
+    Case("everything-bf16", 61, 301, 33, BF16, bias=FP32, **EVERYTHING),
+    Case("everything-fp16", 61, 301, 33, FP16, bias=FP16, reduction="mean", **EVERYTHING),
+    Case("mean", 30, 77, 20, reduction="mean", weighted=True, ignored=0.5),
+    Case("ignored-in-range", 30, 7, 20, ignore_index=3, ignored=0.0, reduction="sum"),
+    Case("ninety-percent-ignored", 200, 99, 20, ignored=0.9, reduction="mean"),
+    Case("peaked", 20, 1000, 64, planted=True, spread=1.0),
+    Case("peaked-bf16", 20, 1000, 64, BF16, planted=True, spread=1.0),
+    Case("flat", 20, 1000, 16, spread=0.0, label_smoothing=0.1),
+    Case("plus-minus-1e4", 20, 1000, 16, spread=1e4, bias=FP32),
+    Case("capped-100", 20, 1000, 16, spread=100.0, softcap=30.0, floor_ulps=46.0),
+]
+# Larger than one chunk of tokens, classes or depth, or of fp32 sums of grad_hidden (linear_cross_entropy_backward.h).
+LARGE = [
+    Case("chunks", 1100, 1100, 24, bias=FP32, label_smoothing=0.1),
+    Case("chunks-bf16", 1100, 1100, 24, BF16),
+    Case("deep", 60, 300, 5000),
+    Case("deep-bf16", 60, 300, 5000, BF16, bias=BF16),
+    Case("groups-of-tokens-bf16", 1150, 70, 4096, BF16, ignored=0.0),
+]
+
+
+def as_torch(hidden: torch.Tensor, weight: torch.Tensor, *rest: Any, bias: Any = None, **options: Any) -> Any:
+    """The oracle in fp32, whatever the dtype of the tensors: what the fused loss promises at the least."""
+    bias = None if bias is None else bias.float()
+    return reference.linear_cross_entropy(hidden.float(), weight.float(), *rest, bias=bias, **options)
+
+
+def check(case: Case) -> None:
+    target, options, tensors = case.target(), case.options(), case.tensors()
+
+    def run(function: Any) -> Any:
+        def outputs(**tensors: torch.Tensor) -> Any:
+            loss, stats = function(target=target, **tensors, **options, return_stats=True)
+            return loss, stats.lse, stats.z_loss
+
+        return outputs
+
+    def native(hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, **options: Any) -> Any:
+        return as_torch(hidden, weight, target, **options)
+
+    compare(
+        run(gf.linear_cross_entropy),
+        run(reference.linear_cross_entropy),
+        tensors,
+        gradients=tuple(tensors),
+        native=run(native),
+        floor_ulps=case.floor_ulps,
+        output_names=("loss", "lse", "z_loss"),
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_outputs_and_gradients(case, isa, poisoned):
+    with gf.force(isa=isa):
+        check(case)
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_more_than_one_chunk(case, poisoned):
+    check(case)
+
+
+def test_the_oracle_serves_every_argument_too():
+    with gf.force(backend="reference"):
+        check(Case("", 12, 30, 9, bias=FP32, **EVERYTHING))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    N=st.integers(0, 70),
+    V=st.integers(1, 600),
+    E=st.integers(1, 150),
+    dtype=st.sampled_from([FP32, BF16, FP16]),
+    spread=st.sampled_from([0.0, 1.0, 8.0]),
+    planted=st.booleans(),
+    bias=st.sampled_from([None, FP32, BF16, FP16]),
+    ignored=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    ignore_index=st.sampled_from([IGNORED, 0, -1]),
+    weighted=st.booleans(),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+    softcap=st.sampled_from([None, 2.0, 50.0]),
+    reduction=st.sampled_from(["sum", "none"]),
+)
+def test_any_arguments(**arguments):
+    floor_ulps = 16 + 4 * arguments["spread"] if arguments["dtype"] == FP32 else None
+    check(Case("drawn", floor_ulps=floor_ulps, **arguments))
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3, 9])
+def test_shift(shift):
+    """Position t predicts label t + shift: the numbers of slicing hidden and target by hand."""
+    hidden, weight = torch.randn(2, 3, 9, 8), torch.randn(20, 8)
+    target = make_labels(54, 20, 0.3).reshape(2, 3, 9)
+    cut, labels = hidden[..., : 9 - shift, :], target[..., shift:]
+    hidden.requires_grad_(), weight.requires_grad_()
+    for reduction in ("sum", "none"):
+        loss, stats = gf.linear_cross_entropy(
+            hidden, weight, target, shift=shift, reduction=reduction, z_loss=0.1, return_stats=True
+        )
+        want, want_stats = gf.linear_cross_entropy(
+            cut.contiguous(), weight, labels.contiguous(), reduction=reduction, z_loss=0.1, return_stats=True
+        )
+        if reduction == "sum":
+            torch.testing.assert_close(loss, want)
+            continue
+        for got, expected, filler in [(loss, want, 0), *zip(stats, want_stats, (0, -1, 0, 0), strict=True)]:
+            assert got.shape == target.shape
+            assert torch.equal(got[..., : 9 - shift], expected) and (got[..., 9 - shift :] == filler).all()
+        gradients = [torch.autograd.grad(x.sum(), weight, retain_graph=True)[0] for x in (loss, want)]
+        torch.testing.assert_close(*gradients)
+    oracle = reference.linear_cross_entropy(hidden, weight, target, shift=shift, reduction="none", z_loss=0.1)
+    torch.testing.assert_close(loss, oracle)
+
+
+def test_the_numbers_of_torch():
+    hidden, weight, bias = torch.randn(30, 16), torch.randn(50, 16), torch.randn(50)
+    target = make_labels(30, 50, 0.3)
+    for reduction in ("mean", "sum", "none"):
+        for options in ({}, {"label_smoothing": 0.1}):
+            want = F.linear_cross_entropy(
+                hidden, weight, target, linear_bias=bias, weight=class_weights(50), ignore_index=IGNORED,
+                reduction=reduction, **options,
+            )  # fmt: skip
+            got = gf.linear_cross_entropy(
+                hidden, weight, target, bias=bias, class_weight=class_weights(50), reduction=reduction, **options
+            )
+            torch.testing.assert_close(got, want, rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_ignored_tokens_are_dropped_before_any_product(isa):
+    """NaN in their hidden states reaches nothing, and their gradients are zero."""
+    case = Case("", 100, 70, 30, bias=FP32, ignored=0.5, reduction="mean")
+    tensors, target = case.tensors(), case.target()
+    tensors["hidden"][target == IGNORED] = math.nan
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    with gf.force(isa=isa):
+        loss = gf.linear_cross_entropy(target=target, **leaves)
+        grad_hidden, grad_weight, grad_bias = torch.autograd.grad(loss, leaves.values())
+    assert loss.isfinite() and grad_weight.isfinite().all() and grad_bias.isfinite().all()
+    assert (grad_hidden[target == IGNORED] == 0).all() and grad_hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+@pytest.mark.parametrize("wanted", [("hidden",), ("weight",), ("bias",), ("hidden", "bias")], ids=str)
+def test_only_the_gradients_that_are_needed(wanted, dtype):
+    """Each alone has the bits that it has among the others."""
+    case = Case("", 60, 90, 40, dtype, bias=FP32)
+    gradients = []
+    for names in (wanted, ("hidden", "weight", "bias")):
+        tensors = {name: x.requires_grad_(name in names) for name, x in case.tensors().items()}
+        gf.linear_cross_entropy(target=case.target(), **tensors).backward()
+        gradients.append({name: x.grad for name, x in tensors.items()})
+    some, everything = gradients
+    for name, gradient in some.items():
+        assert gradient is None if name not in wanted else torch.equal(gradient, everything[name])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_any_strides(dtype):
+    tensors = Case("", 24, 50, 30, dtype).tensors()
+    target = make_labels(24, 50, 0.2)
+    want = gf.linear_cross_entropy(target=target, **tensors, reduction="none")
+    hidden, weight = tensors["hidden"], tensors["weight"]
+    room = torch.full((5000,), math.nan, dtype=dtype)
+    columns_first = {"hidden": hidden.t().contiguous().t(), "weight": weight.t().contiguous().t()}
+    spaced = {
+        "hidden": room.as_strided((24, 30), (67, 2), 3).copy_(hidden),
+        "weight": room.as_strided((50, 30), (31, 1), 3001).copy_(weight),
+    }
+    for laid_out in (columns_first, spaced):
+        assert torch.equal(gf.linear_cross_entropy(target=target, **laid_out, reduction="none"), want)
+        gradients = []
+        for chosen in (laid_out, tensors):
+            leaves = [x.detach().requires_grad_() for x in chosen.values()]
+            gradients.append(torch.autograd.grad(gf.linear_cross_entropy(*leaves, target), leaves))
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_gradients_into_any_strides():
+    """The kernel itself writes gradients of any layout, fp32 too, and no element beside them."""
+    N, V, E = 60, 70, 33
+    for dtype in (FP32, BF16):
+        tensors = Case("", N, V, E, dtype).tensors()
+        hidden, weight, target = tensors["hidden"], tensors["weight"], make_labels(N, V, 0.3)
+        nll, lse, low, argmax = torch.empty(N), torch.empty(N), torch.empty(N), torch.empty(N, dtype=torch.int64)
+        head = (*map(view, (hidden, weight, None, target, None)), IGNORED, 0.0, 0.0)
+        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax)), 2)
+        results = []
+        for spaced in (False, True):
+            rooms = [torch.full((5 * rows * E,), 7.0, dtype=dtype) for rows in (N, V)]
+            strides = (2 * E + 1, 2) if spaced else (E, 1)
+            views = [room.as_strided((rows, E), strides, 3) for room, rows in zip(rooms, (N, V), strict=True)]
+            further = (lse, low, torch.ones(N), torch.zeros(N), *views, None)
+            _C.linear_cross_entropy_backward(*head, *map(view, further), 2)
+            results.append([x.clone() for x in views])
+            for room, x in zip(rooms, views, strict=True):
+                x.fill_(7.0)
+                assert (room == 7.0).all()
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_same_bits_at_any_number_of_threads(dtype, isa):
+    case = Case("", 130, 1200, 70, dtype, bias=FP32, **EVERYTHING)
+    tensors, target, options = case.tensors(), case.target(), case.options()
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+
+    def run() -> list[torch.Tensor]:
+        loss = gf.linear_cross_entropy(target=target, **leaves, **options)
+        return [loss, *torch.autograd.grad(loss.sum(), leaves.values())]
+
+    with gf.force(isa=isa):
+        first, *others = at_thread_counts(run)
+    for other in others:
+        assert all(same_bits(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_accumulates_into_existing_gradients():
+    case = Case("", 20, 30, 10, bias=FP32)
+    leaves = {name: x.requires_grad_() for name, x in case.tensors().items()}
+    for _ in range(2):
+        gf.linear_cross_entropy(target=case.target(), **leaves).backward()
+    for name, leaf in leaves.items():
+        once = torch.autograd.grad(gf.linear_cross_entropy(target=case.target(), **leaves), leaf)[0]
+        assert torch.equal(leaf.grad, once + once), name
+
+
+def test_a_tied_embedding_gets_both_gradients():
+    table, ids = torch.randn(30, 12, requires_grad=True), torch.randint(0, 30, (2, 9))
+    results = [
+        torch.autograd.grad(function(F.embedding(ids, table), table, ids, shift=1), table)[0]
+        for function in (gf.linear_cross_entropy, reference.linear_cross_entropy)
+    ]
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_nothing_counted(z_loss):
+    for N in (0, 1, 50):
+        hidden, weight = torch.randn(N, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True)
+        for reduction in ("mean", "sum"):
+            target = torch.full((N,), IGNORED)
+            loss = gf.linear_cross_entropy(hidden, weight, target, reduction=reduction, z_loss=z_loss)
+            assert loss.isnan() if reduction == "mean" else loss == 0
+            assert all((x == 0).all() for x in torch.autograd.grad(loss, (hidden, weight)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_stats(isa):
+    hidden = torch.eye(40, 64)
+    weight = torch.randn(900, 64).bfloat16().float()
+    weight[[130, 700], :40] = 9.0  # the lowest index of equals, in ranges apart
+    weight[699, 3] = 10.0
+    target = make_labels(40, 900, 0.3)
+    target[:4] = torch.tensor([130, 700, IGNORED, 699])
+    with gf.force(isa=isa):
+        _, stats = gf.linear_cross_entropy(hidden, weight, target, softcap=1.0, return_stats=True)
+    counted = target != IGNORED
+    want = torch.where(counted, 130, -1)
+    want[3] = 699
+    assert torch.equal(stats.argmax, want) and torch.equal(stats.correct, counted & (want == target))
+    assert (stats.lse[~counted] == 0).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_bad_label_that_reaches_the_kernel_is_not_followed(isa):
+    hidden, weight = torch.randn(4, 8), torch.randn(9, 8)
+    target = torch.tensor([1, 2**62, -7, 4])
+    nll, lse, low, argmax = torch.empty(4), torch.empty(4), torch.empty(4), torch.empty(4, dtype=torch.int64)
+    grad_hidden, grad_weight = torch.empty(4, 8), torch.empty(9, 8)
+    head = (*map(view, (hidden, weight, None, target, None)), IGNORED, 0.0, 0.0)
+    with gf.force(isa=isa):
+        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax)), 1)
+        further = (lse, low, torch.ones(4), torch.zeros(4), grad_hidden, grad_weight, None)
+        _C.linear_cross_entropy_backward(*head, *map(view, further), 1)
+    assert nll[1:3].isnan().all() and lse[1:3].isnan().all() and grad_hidden[1:3].isnan().all()
+    assert nll[[0, 3]].isfinite().all() and grad_hidden[[0, 3]].isfinite().all()
+
+
+MEMORY = """
+import sys, torch, gpt4v_fast as gf
+N, V, E = 1536, 40_000, 48
+dtype = getattr(torch, sys.argv[1])
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+hidden, weight = (torch.randn(rows, E).to(dtype).requires_grad_() for rows in (N, V))
+target = torch.randint(0, V, (N,))
+gf.linear_cross_entropy(hidden[:50], weight[:50], target[:50] % 50, label_smoothing=0.1).backward()
+hidden.grad, weight.grad = torch.empty_like(hidden).fill_(0), torch.empty_like(weight).fill_(0)
+open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+before = status("VmRSS")
+gf.linear_cross_entropy(hidden, weight, target, label_smoothing=0.1).backward()
+gradients = sum(x.numel() * x.element_size() for x in (hidden, weight))
+print(status("VmHWM") - before - gradients, 4 * N * V)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_extra_memory_is_bounded(dtype):
+    """Forward and backward, as the process sees it: at most 64 MiB beside the gradients, logits being 234 MiB."""
+    run = subprocess.run([sys.executable, "-c", MEMORY, dtype], capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr
+    extra, logits = map(int, run.stdout.split())
+    assert extra <= 64 << 20 < logits / 3, f"{extra / 2**20:.1f} MiB beside gradients, logits {logits / 2**20:.0f} MiB"
+
+
+# Refusals.
+
+HIDDEN, WEIGHT, TARGET = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(2, 3, dtype=torch.int64)
+REFUSED = {
+    "hidden-not-a-tensor": ({"hidden": [[0.0]]}, TypeError, "hidden: expected a torch.Tensor"),
+    "hidden-fp64": ({"hidden": HIDDEN.double()}, TypeError, "hidden: expected dtype .* got float64"),
+    "hidden-depth": ({"hidden": torch.zeros(2, 3, 5)}, ValueError, r"hidden: .* E = 4, got \(2, 3, 5\)"),
+    "weight-ndim": ({"weight": torch.zeros(5)}, ValueError, "weight: expected 2 dimensions"),
+    "weight-dtype": ({"weight": WEIGHT.bfloat16()}, TypeError, "weight: expected hidden's dtype float32, got bfloat16"),
+    "weight-device": ({"weight": WEIGHT.to("meta")}, ValueError, "weight: expected hidden's device cpu, got meta"),
+    "no-class": ({"weight": torch.zeros(0, 4)}, ValueError, "V at least 1"),
+    "bias-length": ({"bias": torch.zeros(4)}, ValueError, r"bias: expected shape \(V,\) \(5,\), got \(4,\)"),
+    "bias-integers": ({"bias": torch.zeros(5).int()}, TypeError, "bias: expected dtype"),
+    "bias-device": ({"bias": torch.zeros(5, device="meta")}, ValueError, "bias: .* got meta"),
+    "target-shape": ({"target": TARGET[:1]}, ValueError, r"target: expected shape \(2, 3\).* got \(1, 3\)"),
+    "target-probabilities": ({"target": torch.zeros(2, 3)}, TypeError, "class probabilities are not supported"),
+    "class-weight-length": ({"class_weight": torch.ones(4)}, ValueError, r"class_weight: expected .* got \(4,\)"),
+    "class-weight-gradient": ({"class_weight": torch.ones(5, requires_grad=True)}, ValueError, "class_weight: "),
+    "reduction": ({"reduction": "average"}, ValueError, "reduction: expected one of"),
+    "label-smoothing": ({"label_smoothing": -0.1}, ValueError, "label_smoothing: "),
+    "z-loss": ({"z_loss": math.nan}, ValueError, "z_loss: "),
+    "softcap": ({"softcap": 0.0}, ValueError, "softcap: "),
+    "shift-negative": ({"shift": -1}, ValueError, "shift: expected 0 or more"),
+    "shift-bool": ({"shift": True}, TypeError, "shift: expected an int, got bool"),
+    "shift-single": ({"hidden": HIDDEN[0, 0], "target": TARGET[0, 0], "shift": 1}, ValueError, "0 for a single token"),
+}
+
+
+@pytest.mark.parametrize("change, error, message", REFUSED.values(), ids=REFUSED.keys())
+def test_refuses(change, error, message):
+    arguments = {"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET, **change}
+    with pytest.raises(error, match=message):
+        gf.linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_bad_label_is_named_with_its_place(backend, shift):
+    """In the target that was given, shifted or not; a label that shift leaves out does not count."""
+    leaves = [torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)]
+    target = torch.tensor([[0, 4, IGNORED], [1, 0, 77]])
+    target[0, 0] = 99 if shift else 0
+    with gf.force(backend=backend), pytest.raises(IndexError, match=r"in \[0, 5\) .* got 77 at target\[1, 2\]"):
+        gf.linear_cross_entropy(*leaves, target, shift=shift)
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+def test_explain():
+    choice = gf.explain(gf.linear_cross_entropy, HIDDEN, WEIGHT, TARGET, shift=1)
+    assert (choice.backend, choice.kernel) == ("cpu", "_C.linear_cross_entropy")
+
+
+# The op as a citizen of PyTorch.
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("everything", [False, True])
+def test_opcheck(everything, shift):
+    case = Case("", 6, 11, 8, bias=FP32, **EVERYTHING) if everything else Case("", 6, 11, 8, BF16)
+    options = case.options()
+    tensors = {name: x.requires_grad_() for name, x in case.tensors().items()}
+    arguments = prepare(target=case.target(), shift=shift, **tensors, **options)
+    torch.library.opcheck(OPS.linear_cross_entropy.default, arguments)
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+    nll, lse, _, low = OPS.linear_cross_entropy(*detached)
+    hidden, weight, bias, target, *rest = detached
+    upstream = torch.ones_like(nll), torch.ones_like(lse)
+    backward = (*upstream, hidden, weight, bias, target, lse, low, *rest, True, True, bias is not None)
+    torch.library.opcheck(OPS.linear_cross_entropy_backward.default, backward)
+
+
+def test_gradcheck_of_the_oracle():
+    tensors = {name: x.double().requires_grad_() for name, x in Case("", 5, 6, 4, bias=FP32).tensors().items()}
+    options = {"class_weight": class_weights(6).double(), "label_smoothing": 0.2, "z_loss": 0.1, "softcap": 3.0}
+    target = torch.tensor([0, IGNORED, 5, 2, 1])
+
+    def function(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+        return reference.linear_cross_entropy(hidden, weight, target, bias=bias, shift=1, reduction="none", **options)
+
+    assert torch.autograd.gradcheck(function, tuple(tensors.values()))
+
+
+def test_compiles_without_a_graph_break_and_once_for_every_length():
+    weight = torch.randn(11, 8, requires_grad=True)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def run(hidden: torch.Tensor, target: torch.Tensor) -> Any:
+        return gf.linear_cross_entropy(hidden, weight, target, shift=1, z_loss=0.1, softcap=3.0, return_stats=True)
+
+    compiled = torch.compile(run, fullgraph=True, backend=counter)
+    for T in (5, 6, 9, 14, 30):
+        hidden, target = torch.randn(2, T, 8, requires_grad=True), make_labels(2 * T, 11, 0.3).reshape(2, T)
+        results = [function(hidden, target) for function in (compiled, run)]
+        assert torch.equal(results[0][0], results[1][0])
+        gradients = [torch.autograd.grad(loss, (hidden, weight)) for loss, _ in results]
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert counter.frame_count <= 2  # the first length, then any
+
+
+def test_double_backward_is_refused():
+    hidden, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    loss = gf.linear_cross_entropy(hidden, weight, torch.tensor([0, 1, 2]))
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        gradient.sum().backward()
+
+
+def test_autocast():
+    case = Case("", 20, 30, 10, bias=FP32)
+    leaves = {name: x.requires_grad_() for name, x in case.tensors().items()}
+    with torch.autocast("cpu", dtype=BF16):
+        loss = gf.linear_cross_entropy(target=case.target(), **leaves)
+    want = gf.linear_cross_entropy(target=case.target(), **{name: x.bfloat16() for name, x in leaves.items()})
+    assert loss.dtype == FP32 and torch.equal(loss, want)
+    assert all(x.dtype == FP32 for x in torch.autograd.grad(loss, leaves.values()))
+
+
+def test_module():
+    module = gf.nn.LinearCrossEntropyLoss(8, 11, bias=True, weight=class_weights(11), shift=1, softcap=5.0)
+    assert list(module.state_dict()) == ["weight", "linear.weight", "linear.bias"] and "shift=1" in repr(module)
+    module.load_state_dict(torch.nn.LinearCrossEntropyLoss(8, 11, bias=True, weight=class_weights(11)).state_dict())
+    hidden, target = torch.randn(2, 6, 8), torch.randint(0, 11, (2, 6))
+    weight, bias = module.linear.weight, module.linear.bias
+    want = gf.linear_cross_entropy(
+        hidden, weight, target, bias=bias, class_weight=class_weights(11), shift=1, softcap=5.0
+    )
+    assert torch.equal(module(hidden, target), want)
