@@ -49,10 +49,10 @@ class Shape:
 
 
 SHAPES = (
-    Shape("n1024_v49152_e576", 1024, 49152, 576),
-    Shape("n2048_v49152_e576_ignored90", 2048, 49152, 576, ignored=0.9),
-    Shape("n512_v32000_e2048", 512, 32000, 2048),
-    Shape("n256_v128256_e1024", 256, 128256, 1024),
+    Shape("n512_v49152_e576", 512, 49152, 576),
+    Shape("n1024_v49152_e576_ignored90", 1024, 49152, 576, ignored=0.9),
+    Shape("n256_v32000_e2048", 256, 32000, 2048),
+    Shape("n128_v128256_e576", 128, 128256, 576),
     Shape("n1024_v49152", 1024, 49152),
     Shape("n1024_v50257", 1024, 50257),
     Shape("n256_v262144", 256, 262144),
@@ -90,7 +90,7 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
         bound=bound,
         make_inputs=lambda: make_inputs(shape, dtype),
         expected=lambda inputs: expected(inputs, direction),
-        contenders=LINEAR_CONTENDERS if shape.E else LOGITS_CONTENDERS,
+        contenders=linear_contenders(direction) if shape.E else LOGITS_CONTENDERS,
         check_inputs=first_tokens if big else None,
         quick=shape.quick,
     )
@@ -160,29 +160,41 @@ def _make(function: Function) -> Callable[[Case, Inputs], Run]:
     return lambda case, inputs: timed(case.direction, function, inputs, _leaves(inputs), inputs["upstream"])
 
 
-def _torch_linear(case: Case, inputs: Inputs, chunked: bool = False) -> Run:
+def _torch_linear(case: Case, inputs: Inputs, options: Any = None) -> Run:
     function = getattr(F, "linear_cross_entropy", None)
     if function is None:
-        raise Unavailable("this torch has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+        raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
     return _make(lambda x: function(x["hidden"], x["weight"], x["target"], ignore_index=IGNORE, options=options))(
         case, inputs
     )
 
 
-LINEAR_CONTENDERS = (
-    Contender(
-        "gpt4v_fast",
-        _make(lambda x: gf.linear_cross_entropy(x["hidden"], x["weight"], x["target"])),
-        ours=True,
-    ),
-    Contender(
-        "F.cross_entropy(F.linear().float())",
-        _make(lambda x: F.cross_entropy(F.linear(x["hidden"], x["weight"]).float(), x["target"])),
-    ),
-    Contender("F.linear_cross_entropy", _torch_linear),
-    Contender("F.linear_cross_entropy, chunked", lambda case, inputs: _torch_linear(case, inputs, chunked=True)),
-)
+def _torch_linear_chunked(case: Case, inputs: Inputs) -> Run:
+    make_options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if make_options is None:
+        raise Unavailable(f"torch {torch.__version__} has no torch.nn.LinearCrossEntropyOptions")
+    return _torch_linear(case, inputs, make_options())
+
+
+def linear_contenders(direction: str) -> tuple[Contender, ...]:
+    """Ours and every peer; the chunked form saves memory for the gradients, and is of no use without them."""
+    found = [
+        Contender(
+            "gpt4v_fast",
+            _make(lambda x: gf.linear_cross_entropy(x["hidden"], x["weight"], x["target"])),
+            ours=True,
+        ),
+        Contender(
+            "F.cross_entropy(F.linear().float())",
+            _make(lambda x: F.cross_entropy(F.linear(x["hidden"], x["weight"]).float(), x["target"])),
+        ),
+        Contender("F.linear_cross_entropy", _torch_linear),
+    ]
+    if direction != "forward":
+        found.append(Contender("F.linear_cross_entropy, chunked", _torch_linear_chunked))
+    return tuple(found)
+
+
 LOGITS_CONTENDERS = (
     Contender("gpt4v_fast", _make(lambda x: gf.cross_entropy(x["logits"], x["target"])), ours=True),
     Contender("F.cross_entropy", _make(lambda x: F.cross_entropy(x["logits"], x["target"]))),

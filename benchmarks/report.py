@@ -41,6 +41,7 @@ def new_record(command: str, threads: int, settings: Settings, peaks: Mapping[st
         "load": {"before": load(), "after": None},
         "settings": asdict(settings),
         "peaks": dict(peaks),
+        "complete": False,
         "results": [],
     }
 
@@ -159,7 +160,8 @@ def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
         f"{100 * share:5.1f}% of peak" if share is not None else "",
         f"error {row['error']:.1e}",
     ]
-    return cells + ([f"{row['dropped']} samples dropped"] if row["dropped"] else [])
+    notes = [row["reason"], f"{row['dropped']} samples dropped" if row["dropped"] else None]
+    return cells + [note for note in notes if note]
 
 
 def summary_text(record: Mapping[str, Any]) -> str:

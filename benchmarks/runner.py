@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ def run_cases(
     settings: timing.Settings,
     read_bytes: int = READ_BYTES,
     command: str = "",
-    on_result: Any = lambda result: None,
+    on_result: Callable[[Progress, dict[str, Any]], None] = lambda progress, result: None,
 ) -> dict[str, Any]:
     """Times every case on `threads` threads and returns the record that report.py shows.
 
@@ -90,6 +92,9 @@ def run_cases(
                 record["results"].append(result)
                 progress.finish()
                 on_result(progress, result)
+        record["complete"] = True
+    except KeyboardInterrupt:  # what was measured until then is kept
+        print("interrupted", file=sys.stderr)
     finally:
         torch.set_num_threads(threads_before)
     report.finish_record(record)
@@ -110,8 +115,15 @@ def run_case(case: Case, peaks: Peaks, settings: timing.Settings, progress: Prog
             "reason": reason[1] if reason else None,
             "error": error,
         }
-        if not reason:
-            runs[contender.name] = in_turn(case, contender, inputs)
+        if reason:
+            continue
+        run = in_turn(case, contender, inputs)
+        seconds = timing.time_calls(run, 1, time.perf_counter)  # also warms it up
+        if seconds > settings.slowest_s:
+            why = f"one call took {seconds:.0f} s, the limit is {settings.slowest_s:.0f} s"
+            rows[contender.name] |= {"status": "too slow", "reason": why}
+        else:
+            runs[contender.name] = run
     measured = timing.Measurement({}, ())
     if runs:
         measured = timing.measure(runs, peaks.probe(case.bound), settings, on_sample=progress.sample)
@@ -119,6 +131,8 @@ def run_case(case: Case, peaks: Peaks, settings: timing.Settings, progress: Prog
         rows[name] |= report.timing_fields(taken, case.work, measured.peak)
         if not taken.samples_s:
             rows[name] |= {"status": "noisy", "reason": "the peak probes around every sample disagreed"}
+        elif len(taken.samples_s) < settings.rounds:
+            rows[name]["reason"] = f"only {len(taken.samples_s)} of {settings.rounds} samples counted"
     return report.result(case, UNITS[case.bound], measured, list(rows.values()))
 
 
@@ -139,15 +153,15 @@ def checked(case: Case, inputs: Inputs) -> Iterator[tuple[Contender, float | Non
 
 
 def in_turn(case: Case, contender: Contender, inputs: Inputs) -> Run:
-    """The contender's call, each time on the next of the case's copies of the inputs; called once."""
+    """The contender's call, each time on the next of the case's copies of the inputs."""
     runs = [contender.make(case, inputs)]
     for _ in range(case.copies - 1):
         clones = {k: v.clone() if isinstance(v, torch.Tensor) else copy.copy(v) for k, v in inputs.items()}
         runs.append(contender.make(case, clones))
+    if len(runs) == 1:
+        return runs[0]
     following = itertools.cycle(runs)
-    call = runs[0] if len(runs) == 1 else lambda: next(following)()
-    call()
-    return call
+    return lambda: next(following)()
 
 
 def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = None) -> None:
@@ -176,7 +190,8 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
 
 
 def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | None = None) -> int:
-    """Runs what parsed options ask for. Returns 1 where one of our own kernels has no time for its result or reason.
+    """Runs what parsed options ask for. Returns 1 where one of our own kernels failed or was wrong, 130 after an
+    interruption.
 
     Raises:
         ValueError: a filter that fits no case, or a count below 1.
@@ -199,9 +214,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         return 0
     settings = QUICK if args.quick else timing.Settings()
     if args.rounds is not None:
-        settings = timing.Settings(
-            args.rounds, 3 * args.rounds, settings.tolerance, settings.min_sample_s, settings.probe_s
-        )
+        settings = dataclasses.replace(settings, rounds=args.rounds, max_rounds=3 * args.rounds)
     quiet = args.json == "-"
     record = run_cases(
         cases,
@@ -212,6 +225,8 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         on_result=lambda progress, result: None if quiet else progress.write(report.case_text(result)),
     )
     _deliver(record, args)
+    if not record["complete"]:
+        return 130
     return 1 if any(_ours_went_wrong(result) for result in record["results"]) else 0
 
 

@@ -20,13 +20,15 @@ import numpy as np
 @dataclass(frozen=True)
 class Settings:
     """rounds: samples that each contender needs; max_rounds: when to give up; tolerance: how far the probes around a
-    sample may differ, as a share of the larger; min_sample_s: short calls are repeated to last this long."""
+    sample may differ, as a share of the larger; min_sample_s: short calls are repeated to last this long; slowest_s:
+    a contender whose single call takes longer is not timed."""
 
     rounds: int = 7
     max_rounds: int = 21
     tolerance: float = 0.10
     min_sample_s: float = 0.02
     probe_s: float = 0.01
+    slowest_s: float = 60.0
 
 
 @dataclass(frozen=True)

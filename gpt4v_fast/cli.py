@@ -119,8 +119,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _ask(args: argparse.Namespace) -> int:
     from gpt4v_fast.demo import ask
+    from gpt4v_fast.models.gpt4v.image_processing_gpt4v import open_image
 
-    answer = ask(args.image, args.question, args.checkpoint, args.max_new_tokens)
+    images = [open_image(path) for path in args.image]  # before the model is loaded: a typo is told at once
+    answer = ask(images, args.question, args.checkpoint, args.max_new_tokens)
     asked = {"images": args.image, "question": args.question, "checkpoint": args.checkpoint, "answer": answer}
     print(_json(asked) if args.json else answer)
     return 0
