@@ -1,0 +1,460 @@
+"""The benchmarks themselves: what is registered, how samples are taken and dropped, what is refused, what is written.
+
+No test looks at how long a kernel takes: clocks and probes are stand-ins, or only the form of the record is checked.
+"""
+
+import gc
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpt4v_fast as gf
+from gpt4v_fast import backends
+from gpt4v_fast._native import _C, view
+from gpt4v_fast.benchmarks import check, loss, peaks, registry, report, runner, timing
+from gpt4v_fast.benchmarks.registry import Case, Contender, Expected, Unavailable
+from gpt4v_fast.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+ALL = [*registry.cases(), *registry.cases(quick=True)]
+
+
+class TestRegistry:
+    def test_ids_are_unique_and_every_op_has_quick_and_full_cases(self):
+        assert len({case.id for case in ALL}) == len(ALL)
+        for op in registry.MODULES:
+            assert {case.quick for case in ALL if case.op == op} == {True, False}
+
+    @pytest.mark.parametrize("case", ALL, ids=str)
+    def test_a_case_is_complete(self, case):
+        assert case.flops > 0 and case.bytes > 0 and case.work > 0
+        assert case.bound in peaks.UNITS
+        assert case.direction in registry.DIRECTIONS
+        if case.bound != "read":
+            assert case.bound == ("dot_bf16" if case.dtype == torch.bfloat16 else "fma")
+        names = [contender.name for contender in case.contenders]
+        assert len(set(names)) == len(names)
+        assert [contender.ours for contender in case.contenders].count(True) == 1
+        assert len(names) >= 2
+
+    @pytest.mark.parametrize(
+        ("op", "name", "direction", "flops"),
+        [
+            ("attention", "b1_h16_s1024_d64", "forward", 4 * 1024 * 1024 * 64 * 16),
+            ("attention", "b1_h16_s1024_d64", "backward", 10 * 1024 * 1024 * 64 * 16),
+            ("attention", "b1_h8_s4096_d64_causal", "forward", 4 * (4096 * 4097 // 2) * 64 * 8),
+            ("attention", "gqa_h32_kv8_s1024_d128_causal", "forward", 4 * (1024 * 1025 // 2) * 128 * 32),
+            ("linear_cross_entropy", "n512_v49152_e576", "forward+backward", 6 * 512 * 49152 * 576),
+            ("linear_cross_entropy", "n1024_v49152_e576_ignored90", "forward", 2 * 103 * 49152 * 576),
+            ("patch_embed", "b8_336px_p14_e1024", "forward", 2 * 8 * 24 * 24 * (3 * 14 * 14) * 1024),
+        ],
+    )
+    def test_flops_follow_the_formulas(self, op, name, direction, flops):
+        case = next(c for c in ALL if (c.op, c.name, c.direction) == (op, name, direction))
+        assert case.flops == flops
+
+    def test_bytes_of_given_logits(self):
+        case = next(c for c in ALL if c.id == "cross_entropy/n1024_v49152/bf16/forward+backward")
+        assert case.bytes == 3 * 1024 * 49152 * 2  # read forward; read and written backward
+
+    def test_filters(self):
+        found = registry.cases(ops=["attention"], dtypes=["bf16"], directions=["forward"], names=["s577"])
+        assert [case.id for case in found] == ["attention/b4_h16_s577_d64/bf16/forward"]
+
+    @pytest.mark.parametrize(
+        ("filters", "message"),
+        [
+            ({"ops": ["softmax"]}, "op: expected one of attention, .* got 'softmax'"),
+            ({"dtypes": ["fp8"]}, "dtype: expected one of fp32, bf16, fp16, got 'fp8'"),
+            ({"directions": ["sideways"]}, "direction: expected one of forward, .* got 'sideways'"),
+            ({"names": ["nothing"]}, "case: expected a part of one of .*, got nothing"),
+        ],
+    )
+    def test_unknown_filters_are_refused(self, filters, message):
+        with pytest.raises(ValueError, match=message):
+            registry.cases(**filters)
+
+    def test_inputs_are_the_same_at_every_call(self):
+        for case in registry.cases(quick=True):
+            first, second = case.make_inputs(), case.make_inputs()
+            assert all(torch.equal(v, second[k]) for k, v in first.items() if isinstance(v, torch.Tensor))
+
+    def test_large_losses_are_checked_on_their_first_counted_tokens(self):
+        shape = loss.Shape("small", 200, 50, 8, ignored=0.5)
+        small = loss.first_tokens(loss.make_inputs(shape, torch.float32))
+        assert small["hidden"].shape == (loss.CHECK_TOKENS, 8)
+        assert (small["target"] != loss.IGNORE).all()
+
+
+class Machine:
+    """A clock that only runs when something runs, and a probe that reads from a script."""
+
+    def __init__(self, seconds, probes=()):
+        self.now, self.order, self.seconds, self.probes = 0.0, [], dict(seconds), iter(probes)
+
+    def run(self, name):
+        def call():
+            self.order.append(name)
+            self.now += self.seconds[name]
+
+        return call
+
+    def measure(self, **settings):
+        defaults = {"rounds": 3, "max_rounds": 3, "min_sample_s": 0.0}
+        runs = {name: self.run(name) for name in self.seconds}
+        return timing.measure(
+            runs,
+            lambda: next(self.probes, 100.0),
+            timing.Settings(**{**defaults, **settings}),
+            clock=lambda: self.now,
+        )
+
+
+class TestTiming:
+    def test_every_round_runs_each_contender_once_in_rotated_order(self):
+        machine = Machine({"a": 1.0, "b": 2.0, "c": 3.0})
+        machine.measure()
+        calibration, rounds = machine.order[:3], machine.order[3:]
+        assert calibration == ["a", "b", "c"]
+        assert rounds == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+    def test_times_are_per_call_and_statistics_are_quantiles(self):
+        measured = Machine({"a": 0.25}).measure()
+        assert measured.timings["a"].samples_s == (0.25, 0.25, 0.25)
+        taken = timing.Timing((5.0, 1.0, 2.0, 3.0, 4.0, 6.0), dropped=0, calls_per_sample=1)
+        assert taken.median_s == 3.5
+        assert taken.quantile_s(0.2) == 2.0 and taken.quantile_s(0.8) == 5.0
+        assert timing.Timing((), 4, 1).median_s is None
+
+    def test_short_calls_are_repeated(self):
+        machine = Machine({"a": 0.001})
+        measured = machine.measure(min_sample_s=0.02)
+        assert measured.timings["a"].calls_per_sample >= 20
+        assert measured.timings["a"].median_s == pytest.approx(0.001)
+
+    def test_a_sample_between_disagreeing_probes_is_dropped_and_made_up_for(self):
+        # Probes: before, after a, after b, ...: the second sample (b's first) sees the machine halve its speed.
+        machine = Machine({"a": 1.0, "b": 1.0}, probes=[100, 95, 50, 50, 50, 50])
+        seen = []
+        runs = {name: machine.run(name) for name in "ab"}
+        measured = timing.measure(
+            runs,
+            lambda: next(machine.probes, 50),
+            timing.Settings(rounds=2, max_rounds=6, min_sample_s=0.0),
+            clock=lambda: machine.now,
+            on_sample=lambda name, counted: seen.append((name, counted)),
+        )
+        assert seen[:2] == [("a", True), ("b", False)]
+        assert measured.timings["b"].dropped == 1
+        assert len(measured.timings["b"].samples_s) == 2
+        assert len(seen) == 6  # one more round, for both
+        assert measured.peak == 50
+
+    def test_retries_are_bounded_and_what_never_counts_has_no_time(self):
+        probes = [100, 50] * 50
+        measured = Machine({"a": 1.0}, probes).measure(rounds=2, max_rounds=5)
+        assert measured.timings["a"] == timing.Timing((), dropped=5, calls_per_sample=1)
+        assert measured.peak is None
+
+    @pytest.mark.parametrize(("before", "after", "same"), [(100, 90, True), (90, 100, True), (100, 89, False)])
+    def test_agreement_is_within_a_tenth(self, before, after, same):
+        assert timing.agree(before, after, 0.10) is same
+
+    def test_the_garbage_collector_is_as_before(self):
+        assert gc.isenabled()
+        states = []
+        timing.measure({"a": lambda: states.append(gc.isenabled())}, lambda: 1.0, timing.Settings(2, 2, 0.1, 0.0))
+        assert states[1:] == [False, False] and gc.isenabled()
+
+
+class TestCheck:
+    exact = torch.tensor([[1.0, 2.0], [0.01, -0.02]], dtype=torch.float64)
+
+    @pytest.mark.parametrize(
+        ("change", "wrong"),
+        [
+            (lambda x: x, False),
+            (lambda x: x * (1 + 1e-5), False),
+            (lambda x: x * 1.01, True),
+            (lambda x: x + torch.tensor([[0, 0], [0, 1e-3]]), True),
+            (lambda x: torch.where(x > 1, torch.nan, x), True),
+            (lambda x: x[:1], True),
+        ],
+    )
+    def test_a_wrong_result_is_refused(self, change, wrong):
+        outputs, expected = {"out": change(self.exact.float())}, [Expected("out", (), self.exact)]
+        if not wrong:
+            assert check.check(outputs, expected, torch.float32) < 1e-4
+            return
+        with pytest.raises(check.WrongResult, match="its result is wrong: row error"):
+            check.check(outputs, expected, torch.float32)
+
+    def test_a_missing_output_is_wrong(self):
+        assert check.largest_error({}, [Expected("out", (), self.exact)]) == math.inf
+
+    @pytest.mark.parametrize("case", registry.cases(quick=True), ids=str)
+    def test_the_check_sees_a_wrong_contender(self, case):
+        """The exact answers are of this case's problem: half of the right output does not pass."""
+        inputs = case.make_inputs()
+        expected = case.expected(inputs)
+        right = case.contenders[0].make(case, inputs)()
+        assert check.largest_error(right, expected) <= check.LIMITS[case.dtype]
+        for name in {part.name for part in expected}:
+            assert check.largest_error({**right, name: right[name] / 2}, expected) > check.LIMITS[case.dtype]
+
+
+class TestPeaks:
+    @pytest.mark.parametrize("isa", backends.available_isas())
+    @pytest.mark.parametrize("threads", [1, 2])
+    def test_every_isa_has_its_probes(self, isa, threads):
+        with gf.force(isa=isa):
+            measured = peaks.Peaks(threads, 0.0005, read_bytes=2**21).measure_all(repeats=1)
+        assert set(measured) == set(peaks.UNITS)
+        assert all(math.isfinite(value) and value > 0 for value in measured.values())
+
+    def test_an_unknown_bound_is_refused(self):
+        with pytest.raises(ValueError, match="bound: expected one of fma, dot_bf16, read, got 'luck'"):
+            peaks.Peaks(1, 0.001).probe("luck")
+
+    @pytest.mark.parametrize(
+        ("call", "message"),
+        [
+            (lambda: _C.peak_fma(0, 0.001), "threads: expected at least 1, got 0"),
+            (lambda: _C.peak_dot_bf16(1, 0.0), "seconds: expected more than 0"),
+            (lambda: _C.peak_fma(1, math.nan), "seconds: expected more than 0"),
+            (lambda: _C.peak_read(view(torch.ones(2**18 - 1)), 1, 0.001), "data: expected at least 262144"),
+            (lambda: _C.peak_read(view(torch.ones(2**18)), 2, 0.001), "data: expected at least 262144"),
+            (lambda: _C.peak_read(view(torch.ones(2**19)[::2]), 1, 0.001), "contiguous"),
+            (lambda: _C.peak_read(view(torch.ones(2**18, dtype=torch.float16)), 1, 0.001), "data: unexpected dtype"),
+        ],
+    )
+    def test_bad_arguments_are_refused(self, call, message):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def make_case(**contenders):
+    """A case of adding one, with contenders by name; the first is ours."""
+    x = torch.arange(6.0).view(2, 3)
+    return Case(
+        op="attention",
+        name="fake",
+        dtype=torch.float32,
+        direction="forward",
+        shape={"N": 2},
+        flops=6.0,
+        bytes=24.0,
+        bound="fma",
+        make_inputs=lambda: {"x": x},
+        expected=lambda inputs: [Expected("out", (), inputs["x"].double() + 1)],
+        contenders=tuple(Contender(name, make, ours=i == 0) for i, (name, make) in enumerate(contenders.items())),
+        quick=True,
+    )
+
+
+def right(case, inputs):
+    return lambda: {"out": inputs["x"] + 1}
+
+
+def wrong(case, inputs):
+    return lambda: {"out": inputs["x"] + 2}
+
+
+def unavailable(case, inputs):
+    raise Unavailable("it is not installed")
+
+
+def broken(case, inputs):
+    raise RuntimeError("not on this processor\nand more")
+
+
+def run_fake(monkeypatch, **contenders):
+    steady = peaks.Peaks(1, 0.001, 2**20)
+    monkeypatch.setattr(steady, "probe", lambda bound: lambda: 100.0)
+    return runner.run_case(make_case(**contenders), steady, runner.QUICK, runner.Progress(1))
+
+
+class TestRunner:
+    def test_only_right_results_are_timed(self, monkeypatch):
+        result = run_fake(monkeypatch, gpt4v_fast=right, bad=wrong, absent=unavailable, broken=broken, good=right)
+        rows = {row["name"]: row for row in result["contenders"]}
+        assert {name: row["status"] for name, row in rows.items()} == {
+            "gpt4v_fast": "timed",
+            "bad": "refused",
+            "absent": "unavailable",
+            "broken": "failed",
+            "good": "timed",
+        }
+        assert "median_ms" not in rows["bad"]
+        assert rows["absent"]["reason"] == "it is not installed"
+        assert rows["broken"]["reason"] == "not on this processor"
+        assert result["best_peer"] == "good" and result["ratio"] > 0
+        text = report.case_text(result)
+        assert "refused: its result is wrong" in text and "unavailable: it is not installed" in text
+
+    def test_a_contender_over_the_limit_is_not_timed(self, monkeypatch):
+        monkeypatch.setattr(runner, "QUICK", replace(runner.QUICK, slowest_s=-1.0))
+        result = run_fake(monkeypatch, gpt4v_fast=right, peer=right)
+        assert [row["status"] for row in result["contenders"]] == ["too slow"] * 2
+        assert result["verdict"] == "no comparison"
+
+    def test_copies_are_taken_in_turn(self):
+        used = []
+
+        def make(case, inputs):
+            return lambda: used.append(inputs["x"].data_ptr())
+
+        case = replace(make_case(gpt4v_fast=make), copies=3)
+        inputs = case.make_inputs()
+        call = runner.in_turn(case, case.contenders[0], inputs)
+        for _ in range(6):
+            call()
+        assert used[0] == inputs["x"].data_ptr()
+        assert len(set(used)) == 3 and used[:3] == used[3:]
+
+    @pytest.mark.parametrize(("ours", "code"), [(right, 0), (wrong, 1), (broken, 1)])
+    def test_the_exit_code_tells_of_our_own_failures(self, monkeypatch, capsys, ours, code):
+        monkeypatch.setattr(registry, "cases", lambda **filters: [make_case(gpt4v_fast=ours, peer=right)])
+        assert main(["bench", "--quick", "--json"]) == code
+        assert json.loads(capsys.readouterr().out)["complete"] is True
+
+    def test_an_interruption_keeps_what_was_measured(self, monkeypatch, capsys):
+        def interrupt(case, inputs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(
+            registry, "cases", lambda **f: [make_case(gpt4v_fast=right, peer=right), make_case(gpt4v_fast=interrupt)]
+        )
+        assert main(["bench", "--quick", "--json"]) == 130
+        record = json.loads(capsys.readouterr().out)
+        assert record["complete"] is False and len(record["results"]) == 1
+
+    def test_threads_are_put_back(self, monkeypatch):
+        before = torch.get_num_threads()
+        seen = []
+
+        def make(case, inputs):
+            seen.append(torch.get_num_threads())
+            return right(case, inputs)
+
+        runner.run_cases([make_case(gpt4v_fast=make)], threads=before + 1, settings=runner.QUICK, read_bytes=2**20)
+        assert set(seen) == {before + 1} and torch.get_num_threads() == before
+
+
+class TestReport:
+    @pytest.mark.parametrize(
+        ("ratio", "words"),
+        [
+            (2.5, "2.50x faster than peer"),
+            (0.5, "slower than peer: 2.00x its time"),
+            (1.01, "as fast as peer"),
+            (None, "no comparison"),
+        ],
+    )
+    def test_slower_is_said_in_words(self, ratio, words):
+        assert report.verdict(ratio, "peer") == words
+
+    def test_slower_cases_are_listed_at_the_end(self, monkeypatch):
+        result = {**run_fake(monkeypatch, gpt4v_fast=right, peer=right), "ratio": 0.5, "verdict": "slower than peer"}
+        record = report.new_record("", 1, runner.QUICK, {"fma": 1.0, "dot_bf16": 2.0, "read": 3.0})
+        record["results"] = [result]
+        assert "1 slower" in report.summary_text(record)
+        assert "slower: attention fake fp32 forward: slower than peer" in report.summary_text(record)
+
+    def test_without_matplotlib_the_page_says_why_it_has_no_plot(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        assert "matplotlib is not installed" in report._plot("attention", [])
+
+    def test_an_install_has_no_commit(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(gf, "__file__", str(tmp_path / "gpt4v_fast" / "__init__.py"))
+        assert report.commit() is None
+
+
+RECORD = {
+    "schema": int,
+    "command": str,
+    "date": str,
+    "finished": str,
+    "cpu": str,
+    "cores": int,
+    "gpus": list,
+    "isa": str,
+    "threads": int,
+    "versions": dict,
+    "environment": dict,
+    "load": dict,
+    "settings": dict,
+    "peaks": dict,
+    "complete": bool,
+    "results": list,
+}
+RESULT = {
+    "op": str,
+    "case": str,
+    "dtype": str,
+    "direction": str,
+    "shape": dict,
+    "flops": float,
+    "bytes": float,
+    "bound": str,
+    "unit": str,
+    "peak": dict,
+    "contenders": list,
+    "verdict": str,
+}
+TIMED = ("median_ms", "p20_ms", "p80_ms", "rate", "share_of_peak", "error")
+
+
+def test_quick_bench_from_the_command_line_to_the_record_and_the_page(tmp_path, capsys):
+    record_path, page_path = tmp_path / "record.json", tmp_path / "report.html"
+    assert main(["bench", "--quick", "--threads", "1", "--json", str(record_path), "--html", str(page_path)]) == 0
+    record = json.loads(record_path.read_text())
+    assert {name: type(record[name]) for name in RECORD} == RECORD
+    assert record["schema"] == report.SCHEMA and record["isa"] == _C.isa() and record["threads"] == 1
+    assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", record["commit"])
+    assert {"torch", "python", "compiler", "gpt4v_fast"} <= set(record["versions"])
+    assert len(record["results"]) == len(registry.cases(quick=True))
+    for result in record["results"]:
+        assert {name: type(result[name]) for name in RESULT} == RESULT
+        for row in result["contenders"]:
+            assert row["status"] in ("timed", "noisy"), row
+            if row["status"] == "timed":
+                assert all(math.isfinite(row[name]) and row[name] >= 0 for name in TIMED)
+                assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    printed = capsys.readouterr().out
+    assert "quick_causal" in printed and "a look, not a measurement" in printed
+    page = page_path.read_text()
+    assert all(result["case"] in page for result in record["results"])
+    assert "data:image/png;base64," in page
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page)  # self-contained
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--threads", "-1"], "--threads: expected at least 1, got -1"),
+        (["--case", "nothing"], "case: expected a part of one of"),
+        (["--json", "no/such/folder/x.json"], "expected a path in an existing folder"),
+    ],
+)
+def test_bad_options_end_in_one_line(arguments, message, capsys):
+    assert main(["bench", "--quick", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_the_modules_run_from_the_source_tree():
+    command = [sys.executable, "-m", "benchmarks.loss", "--quick", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    listed = done.stdout.split()
+    assert "linear_cross_entropy/quick_linear/bf16/forward" in listed
+    assert all(line.split("/")[0] in ("cross_entropy", "linear_cross_entropy") for line in listed)
