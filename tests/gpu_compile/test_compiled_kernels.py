@@ -64,7 +64,14 @@ def _start_compiling(request):
 
 def _with_slow(quick, full):
     slow = [x for x in dict.fromkeys(full) if x not in quick]
-    return [*quick, *(pytest.param(x, marks=pytest.mark.slow) for x in slow)]
+    return [*quick, *(pytest.param(x, marks=[pytest.mark.slow, *_expected(x)]) for x in slow)]
+
+
+def _expected(launch):
+    """Marks of the entries that are known to spill; the mark fails when they no longer do."""
+    if isinstance(launch, AttentionLaunch) and launch.arch != "gfx942" and (launch.dtype, launch.D) == ("float32", 256):
+        return [pytest.mark.xfail(strict=True, reason="256-wide fp32 heads as tf32 halves do not fit 255 registers")]
+    return []
 
 
 def _facts(launch):
@@ -84,13 +91,15 @@ def test_attention(launch):
         assert len(facts.main_loops) >= 2, f"{about}: expected a masked and an unmasked loop"
         for loop in facts.main_loops:
             assert loop.count(LOCAL_MEMORY) == 0, about
-            assert loop.count(matrix_instruction(launch)) == loop.matrix, f"{about}: other matrix instructions"
+            assert loop.count(matrix_instruction(launch, name)) == loop.matrix, f"{about}: other matrix instructions"
 
 
-def matrix_instruction(launch) -> str:
-    """The matrix instruction that a launch must use, and no other."""
+def matrix_instruction(launch, kernel: str) -> str:
+    """The matrix instruction that a kernel must use, and no other."""
     if launch.dtype == "float32" and launch.arch != "gfx942":
         return r"HMMA|HGMMA|UTC\w*MMA"  # tf32, by whichever unit takes its tiles
+    if launch.D > 128 and "dkdv" in kernel and launch.arch in ("sm_90", "sm_100"):
+        return r"HMMA\."  # see the table in configs.py: two accumulators of 64 rows by 256 do not fit a warp group
     return MATRIX[launch.arch]
 
 
