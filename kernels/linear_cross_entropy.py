@@ -44,18 +44,20 @@ def linear_cross_entropy_forward(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     target: torch.Tensor,
+    *,
+    class_weight: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(nll, lse, argmax) of each row of hidden (N, E) @ weight (V, E)^T + bias (V,); target (N,) int64.
 
-    `options` and results are those of `cross_entropy_forward`, whose `weight` is the class weights.
+    class_weight is `cross_entropy_forward`'s weight; `options` and results are as there.
     """
     N = hidden.shape[0]
     nll, lse = (hidden.new_empty(N, dtype=torch.float32) for _ in range(2))
     argmax = hidden.new_empty(N, dtype=torch.int64)
     for rows in _chunks(N, weight.shape[0]):
         logits = _logits(hidden[rows], weight, bias)
-        nll[rows], lse[rows], argmax[rows] = cross_entropy_forward(logits, target[rows], **options)
+        nll[rows], lse[rows], argmax[rows] = cross_entropy_forward(logits, target[rows], weight=class_weight, **options)
     return nll, lse, argmax
 
 
@@ -71,6 +73,7 @@ def linear_cross_entropy_backward(
     of_hidden: bool,
     of_weight: bool,
     of_bias: bool,
+    class_weight: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """The gradients of hidden (its dtype), weight (fp32 sums) and bias (fp32 sums); None for one that is not
@@ -81,7 +84,7 @@ def linear_cross_entropy_backward(
     for rows in _chunks(hidden.shape[0], weight.shape[0]):
         logits = _logits(hidden[rows], weight, bias)
         gradient = cross_entropy_backward(
-            grad_nll[rows], grad_lse[rows], logits, target[rows], lse[rows], out=logits, **options
+            grad_nll[rows], grad_lse[rows], logits, target[rows], lse[rows], weight=class_weight, out=logits, **options
         )
         if grad_bias is not None:
             grad_bias += gradient.sum(dim=0)

@@ -51,3 +51,49 @@ def at_thread_counts(function: Callable[[], Any], counts: tuple[int, ...] = (1, 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+# For a worker with Triton's interpreter (triton_interpreter.py).
+
+
+def interpreted_linear_cross_entropy(
+    tensors: dict[str, torch.Tensor], target: torch.Tensor, chunk_bytes: int, options: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """(loss, lse, gradients) of gf.linear_cross_entropy with its logits in chunks of this size."""
+    import gpt4v_fast as gf
+    from gpt4v_fast.kernels import linear_cross_entropy as kernel
+
+    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
+    kernel.CHUNK_BYTES = chunk_bytes
+    with gf.force(backend="triton"):
+        choice = gf.explain(gf.linear_cross_entropy, target=target, **leaves, **options)
+        assert (choice.backend, choice.kernel) == ("triton", "kernels.linear_cross_entropy")
+        loss, stats = gf.linear_cross_entropy(target=target, **leaves, return_stats=True, **options)
+        gradients = torch.autograd.grad(loss.nan_to_num().sum(), list(leaves.values()))
+    return loss.detach(), stats.lse.detach(), list(gradients)
+
+
+def interpreted_bad_labels() -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """(loss, gradient, what each of three calls of check_labels raised) of losses with bad labels and without."""
+    import gpt4v_fast as gf
+
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    errors = []
+
+    def check_labels() -> None:
+        try:
+            gf.check_labels()
+            errors.append("")
+        except IndexError as error:
+            errors.append(str(error))
+
+    with gf.force(backend="triton"):
+        loss = gf.cross_entropy(logits, torch.tensor([[0, 1, IGNORED], [4, 55, -7]]), reduction="none")
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        gf.cross_entropy(logits, torch.tensor([[66, 0, 0], [0, 0, 0]]))
+        check_labels()
+        gf.cross_entropy(logits, torch.zeros(2, 3, dtype=torch.int64))
+        check_labels()
+        gf.linear_cross_entropy(torch.randn(4, 8), torch.randn(5, 8), torch.tensor([9, 0, 7, 0]), shift=1)
+        check_labels()
+    return loss.detach(), gradient, errors

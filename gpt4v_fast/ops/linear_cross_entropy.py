@@ -151,7 +151,7 @@ def _linear_cross_entropy(
     if backend == "triton":
         from gpt4v_fast.kernels import linear_cross_entropy as kernel
 
-        nll, lse, argmax = kernel.linear_cross_entropy_forward(hidden, weight, bias, rows, **triton_options(options))
+        nll, lse, argmax = kernel.linear_cross_entropy_forward(hidden, weight, bias, rows, **_triton_options(options))
     else:
         nll, lse, argmax = reference.cross_entropy_core(_logits(hidden, weight, bias), rows, *options)
     return nll, lse, argmax, torch.zeros_like(lse)
@@ -190,7 +190,7 @@ def _linear_cross_entropy_backward(
 
         grad_hidden, grad_weight, grad_bias = kernel.linear_cross_entropy_backward(
             grad_nll, grad_lse, hidden, weight, bias, rows, lse,
-            of_hidden=of_hidden, of_weight=of_weight, of_bias=of_bias, **triton_options(options),
+            of_hidden=of_hidden, of_weight=of_weight, of_bias=of_bias, **_triton_options(options),
         )  # fmt: skip
     else:
         logits = _logits(hidden, weight, bias)
@@ -200,6 +200,11 @@ def _linear_cross_entropy_backward(
         grad_bias = gradient.sum(dim=0) if of_bias else None
     pairs = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
     return tuple(hidden.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+
+
+def _triton_options(options: LossOptions) -> dict[str, Any]:
+    further = triton_options(options)
+    return {"class_weight": further.pop("weight"), **further}
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
