@@ -24,6 +24,10 @@ $(STAMP): $(SOURCES) | $(VENV)/.torch
 	$(BIN)/python -m pip install -q -e ".[test]"
 	touch $@
 
+# Threads that wait asleep: where other programs share the cores, spinning ones made a step of the demo five times slower
+# (3.1 s against 0.6 s at load 8 on 2 cores, 2026-11-22, while the tests of other rooms ran).
+demo test: export OMP_WAIT_POLICY = passive
+
 demo: $(STAMP)
 	$(BIN)/gpt4v-fast demo
 

@@ -21,7 +21,7 @@ body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; p
 p { margin: .3rem 0; color: #334155 } img, svg { max-width: 100%; height: auto }
 table { border-collapse: collapse } td, th { padding: .25rem .9rem .25rem 0; text-align: left }
 th { color: #64748b; font-weight: 500 } td.n { text-align: right; font-variant-numeric: tabular-nums }
-.pair { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-end }
+.pair { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start }
 .grid { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(13.5rem, 1fr)) }
 .card { border: 1px solid #e2e8f0; border-left: 4px solid #16a34a; border-radius: .4rem; padding: .7rem }
 .card.wrong { border-left-color: #dc2626 } .card img { height: 4rem; image-rendering: pixelated; margin-right:
