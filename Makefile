@@ -25,7 +25,7 @@ $(STAMP): $(SOURCES) | $(VENV)/.torch
 	touch $@
 
 # Threads that wait asleep: where other programs share the cores, spinning ones made a step of the demo five times slower
-# (3.1 s against 0.6 s at load 8 on 2 cores, 2026-11-22, while the tests of other rooms ran).
+# (3.1 s against 0.6 s at load 8 on 2 cores of an AMD EPYC, 2026-11-22).
 demo test: export OMP_WAIT_POLICY = passive
 
 demo: $(STAMP)
