@@ -21,6 +21,7 @@ from .timing import Measurement, Settings, Timing
 
 SCHEMA = 1
 SAME = 0.02  # a difference that is not worth a word
+BUSY = 0.5  # load per core before a run above which its times are noise
 
 
 def new_record(command: str, threads: int, settings: Settings, peaks: Mapping[str, float]) -> dict[str, Any]:
@@ -122,6 +123,8 @@ def result(case: Case, unit: str, measured: Measurement, rows: Sequence[dict[str
         "contenders": list(rows),
         "best_peer": best["name"] if best else None,
         "ratio": ratio,
+        # A row with a time and a reason has too few samples.
+        "sure": ratio is not None and not any(row["reason"] for row in timed if row["ours"] or row is best),
         "verdict": verdict(ratio, best["name"] if best else None),
     }
 
@@ -135,6 +138,12 @@ def verdict(ratio: float | None, peer: str | None) -> str:
     return f"{ratio:.2f}x faster than {peer}" if ratio > 1 else f"slower than {peer}: {1 / ratio:.2f}x its time"
 
 
+def standing(result: Mapping[str, Any]) -> str:
+    """The verdict, with a word of doubt where few samples counted."""
+    unsure = result["ratio"] is not None and not result["sure"]
+    return result["verdict"] + (" (unsure: too few samples counted)" if unsure else "")
+
+
 def case_text(result: Mapping[str, Any]) -> str:
     """One case for the terminal: a line per contender and the verdict."""
     shape = " ".join(f"{name}={size}" for name, size in result["shape"].items())
@@ -142,7 +151,7 @@ def case_text(result: Mapping[str, Any]) -> str:
     head = f"{result['op']} {result['case']} {result['dtype']} {result['direction']}  ({shape})"
     if peak is not None:
         head += f"  peak {peak:.0f} {result['unit']}"
-    return "\n".join([head, *(f"  {line}" for line in _rows(result)), f"  => {result['verdict']}"])
+    return "\n".join([head, *(f"  {line}" for line in _rows(result)), f"  => {standing(result)}"])
 
 
 def _rows(result: Mapping[str, Any]) -> list[str]:
@@ -180,8 +189,13 @@ def summary_text(record: Mapping[str, Any]) -> str:
         f"{len(ratios) - faster - slower} the same, {len(results) - len(ratios)} without comparison",
         f"{counted} samples counted, {dropped} dropped because the machine's peak moved around them",
     ]
+    before = record["load"]["before"]
+    if before is not None and before[0] > BUSY * record["cores"]:
+        lines.append(
+            f"The machine was busy before this run (load {before[0]} on {record['cores']} cores): do not publish"
+        )
     lines += [
-        f"  slower: {r['op']} {r['case']} {r['dtype']} {r['direction']}: {r['verdict']}"
+        f"  slower: {r['op']} {r['case']} {r['dtype']} {r['direction']}: {standing(r)}"
         for r in results
         if r["ratio"] is not None and r["ratio"] < 1 - SAME
     ]
@@ -229,7 +243,7 @@ def _html_case(result: Mapping[str, Any]) -> str:
     rows = [[row["name"], *_cells(row, result["unit"])] for row in result["contenders"]]
     return (
         f"<h3>{html.escape(name)}</h3><p>{html.escape(shape)}<br>"
-        f"<b{verdict_class}>{html.escape(result['verdict'])}</b></p>"
+        f"<b{verdict_class}>{html.escape(standing(result))}</b></p>"
         + _table(rows, [row["ours"] for row in result["contenders"]])
     )
 

@@ -368,6 +368,21 @@ class TestReport:
         assert "1 slower" in report.summary_text(record)
         assert "slower: attention fake fp32 forward: slower than peer" in report.summary_text(record)
 
+    def test_few_samples_make_the_verdict_unsure(self, monkeypatch):
+        probes = iter([100.0, 100.0, 100.0] + [100.0, 50.0] * 9)
+        machine = peaks.Peaks(1, 0.001, 2**20)
+        monkeypatch.setattr(machine, "probe", lambda bound: lambda: next(probes))
+        result = runner.run_case(make_case(gpt4v_fast=right, peer=right), machine, runner.QUICK, runner.Progress(1))
+        assert result["contenders"][0]["reason"] == "only 1 of 3 samples counted"
+        assert result["sure"] is False and "(unsure: too few samples counted)" in report.case_text(result)
+        assert run_fake(monkeypatch, gpt4v_fast=right, peer=right)["sure"] is True
+
+    @pytest.mark.parametrize(("load", "warned"), [([0.2, 0, 0], False), ([1.5, 0, 0], True), (None, False)])
+    def test_a_busy_machine_is_told(self, load, warned):
+        record = report.new_record("", 1, runner.QUICK, {"fma": 1.0, "dot_bf16": 2.0, "read": 3.0})
+        record |= {"cores": 2, "load": {"before": load, "after": None}}
+        assert ("do not publish" in report.summary_text(record)) is warned
+
     def test_without_matplotlib_the_page_says_why_it_has_no_plot(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
         assert "matplotlib is not installed" in report._plot("attention", [])
@@ -407,6 +422,7 @@ RESULT = {
     "unit": str,
     "peak": dict,
     "contenders": list,
+    "sure": bool,
     "verdict": str,
 }
 TIMED = ("median_ms", "p20_ms", "p80_ms", "rate", "share_of_peak", "error")
