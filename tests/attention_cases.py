@@ -127,7 +127,7 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
     return view
 
 
-def check(case: Case, isa: str | None = None, **options: Any) -> None:
+def check(case: Case, isa: str | None = None, gradient_row_dims: int = 2, **options: Any) -> None:
     """Asserts that out, lse and every gradient of the case are as close as closeness.py asks.
 
     Native is PyTorch in fp32 also where the tensors are bf16 or fp16: in these dtypes it is off by many times the one
@@ -151,7 +151,7 @@ def check(case: Case, isa: str | None = None, **options: Any) -> None:
         output_names=("out", "lse"),
         floor_ulps=case.floor_ulps,
         row_dims=case.row_dims,
-        gradient_row_dims=2,
+        gradient_row_dims=gradient_row_dims,
     )
 
 

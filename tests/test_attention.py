@@ -70,7 +70,7 @@ def test_random_combinations_match_the_oracle(data):
     bias = tuple(size if draw(st.booleans()) else 1 for size in full) if draw(st.booleans()) else None
     dtype = draw(st.sampled_from(DTYPES))
     case = Case(
-        "drawn", S, T, B=B, H=Hkv * group, Hkv=Hkv, D=draw(st.integers(1, 40)), Dv=draw(st.integers(1, 40)),
+        "drawn", S, T, B=B, H=Hkv * group, Hkv=Hkv, D=draw(st.integers(8, 40)), Dv=draw(st.integers(1, 40)),
         dtype=dtype,
         layout=draw(st.sampled_from(["contiguous", "tokens before heads", "slice of qkv", "misaligned"])),
         mask=lambda case: mask,
@@ -83,7 +83,7 @@ def test_random_combinations_match_the_oracle(data):
         # bf16 that is a key alone with its query, whose dS = P (dP - delta) is the rounding of out and nothing else.
         floor_ulps=64 if dtype == FP32 else 16,
     )  # fmt: skip
-    check(case, draw(st.sampled_from(ISAS)))
+    check(case, draw(st.sampled_from(ISAS)), gradient_row_dims=4)
 
 
 # What the reference of PyTorch can do too.

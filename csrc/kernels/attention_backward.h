@@ -75,7 +75,7 @@ static void load_queries(const AttentionArgs& a, const QueryBlock& block, const 
     Vec sums = {};
     for (int64_t d = 0; d < s.padded_Dv; d += kLanes)
       sums = mul_add(load_vec(s.douts + lane * s.padded_Dv + d), load_vec(s.values + lane * s.padded_Dv + d), sums);
-    for (int i = 0; i < kLanes; ++i) s.delta[lane] += sums[i];
+    s.delta[lane] = sum_of(sums);
     if (a.dlse.defined) s.delta[lane] -= static_cast<const float*>(a.dlse.data)[row_offset(a.dlse, block, lane)];
   }
   for (int64_t lane = 0; deltas != nullptr && lane < block.count; ++lane)

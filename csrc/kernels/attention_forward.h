@@ -19,6 +19,10 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
+// Up to so many queries, as in a decoding step, the products run along D and Dv instead of across queries, where most
+// lanes would be idle: about 2 count / kLanes of the work.
+constexpr int64_t kFewQueries = kLanes / 4;
+
 // Hands out consecutive pieces of one thread's scratch; with no base it only counts.
 class Arena {
  public:
@@ -36,17 +40,19 @@ class Arena {
 };
 
 struct ForwardScratch {
+  int64_t padded_D, padded_Dv;  // to whole vectors
   float *queries, *keys, *values, *scores, *out, *bias, *dropout, *maximum, *sum, *alpha;
   int64_t size;
 
   ForwardScratch(const AttentionArgs& a, float* base) {
-    const int64_t D = a.q.size[3], Dv = a.v.size[3], tile = kKeys * kQueries;
+    const int64_t tile = kKeys * kQueries;
+    padded_D = round_up(a.q.size[3], kLanes), padded_Dv = round_up(a.v.size[3], kLanes);
     Arena arena(base);
-    queries = arena.take(D * kQueries);  // [D][query], scaled
-    keys = arena.take(kKeys * D);
-    values = arena.take(kKeys * Dv);
+    queries = arena.take(padded_D * kQueries);  // [D][query], scaled; [query][D] where they are few
+    keys = arena.take(kKeys * padded_D);
+    values = arena.take(kKeys * padded_Dv);
     scores = arena.take(tile);
-    out = arena.take(Dv * kQueries);  // [Dv][query]
+    out = arena.take(padded_Dv * kQueries);  // [Dv][query]; [query][Dv] where they are few
     bias = arena.take(a.bias.defined ? tile : 0);
     dropout = arena.take(a.dropout_p > 0 ? tile : 0);
     maximum = arena.take(kQueries);
@@ -144,13 +150,13 @@ static void multiply_tile(const QueryBlock& block, int64_t n, const float* facto
     }
 }
 
+// Divides the rows [query][padded_Dv] by their sums and writes them and lse.
 template <class T>
-static void write_forward(const AttentionArgs& a, const QueryBlock& block, const ForwardScratch& s) {
+static void write_forward(const AttentionArgs& a, const QueryBlock& block, const ForwardScratch& s, float* rows) {
   const int64_t Dv = a.v.size[3];
-  transpose(s.out, kQueries, Dv, block.count, s.values, Dv);
   for (int64_t lane = 0; lane < block.count; ++lane) {
     const float sum = s.sum[lane];
-    float* row = s.values + lane * Dv;
+    float* row = rows + lane * s.padded_Dv;
     // A row that saw nothing has a sum of 0 and zeros in its output.
     if (sum != 0.0f)
       for (int64_t d = 0; d < Dv; ++d) row[d] = row[d] / sum;
@@ -163,9 +169,10 @@ static void write_forward(const AttentionArgs& a, const QueryBlock& block, const
 template <class T>
 static void forward_block(const AttentionArgs& a, const QueryBlock& block, const ForwardScratch& s) {
   const int64_t D = a.q.size[3], Dv = a.v.size[3], width = block.width;
-  pack_queries<T>(a.q, block, a.scale, s.keys, D);
-  transpose(s.keys, D, width, D, s.queries, kQueries);
-  for (int64_t i = 0; i < Dv * kQueries; ++i) s.out[i] = 0.0f;
+  const bool few = block.count <= kFewQueries;
+  pack_queries<T>(a.q, block, a.scale, few ? s.queries : s.keys, s.padded_D);
+  if (!few) transpose(s.keys, s.padded_D, width, D, s.queries, kQueries);
+  for (int64_t i = 0; i < s.padded_Dv * (few ? block.count : kQueries); ++i) s.out[i] = 0.0f;
   for (int64_t lane = 0; lane < width; ++lane) {
     // The sink is a key with score `sink` and value 0.
     const float sink =
@@ -178,18 +185,30 @@ static void forward_block(const AttentionArgs& a, const QueryBlock& block, const
     const KeyIds documents(a.key_documents, block.sequence, j0, n), images(a.key_images, block.sequence, j0, n);
     const Cover cover = cover_of(block, j0, n, documents, images);
     if (cover == Cover::kNone) continue;
-    pack<T>(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, D, 1.0f, s.keys, D);
-    product<Into::kSet>(n, width, D, {s.keys, D, 1}, s.queries, kQueries, s.scores, kQueries);
+    pack<T>(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, D, 1.0f, s.keys, s.padded_D);
+    if (few)
+      dot_rows(n, block.count, s.padded_D, s.keys, s.queries, s.scores, kQueries);
+    else
+      product<Into::kSet>(n, width, D, {s.keys, s.padded_D, 1}, s.queries, kQueries, s.scores, kQueries);
     finish_scores(block, j0, n, cover, documents, images, s.bias, s.scores, nullptr);
     softmax_step(block, n, s);
     if (a.dropout_p > 0) {
       dropout_tile(block, j0, n, s.dropout);
       multiply_tile(block, n, s.dropout, s.scores);
     }
-    pack<T>(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, Dv, 1.0f, s.values, Dv);
-    product<Into::kScaleAndAdd>(Dv, width, n, {s.values, 1, Dv}, s.scores, kQueries, s.out, kQueries, s.alpha);
+    pack<T>(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, Dv, 1.0f, s.values, s.padded_Dv);
+    if (few) {
+      for (int64_t lane = 0; lane < block.count; ++lane)
+        for (int64_t d = 0; d < s.padded_Dv; ++d) s.out[lane * s.padded_Dv + d] *= s.alpha[lane];
+      product<Into::kAdd>(block.count, s.padded_Dv, n, {s.scores, 1, kQueries}, s.values, s.padded_Dv, s.out,
+                          s.padded_Dv);
+    } else {
+      product<Into::kScaleAndAdd>(Dv, width, n, {s.values, 1, s.padded_Dv}, s.scores, kQueries, s.out, kQueries,
+                                  s.alpha);
+    }
   }
-  write_forward<T>(a, block, s);
+  if (!few) transpose(s.out, kQueries, Dv, block.count, s.values, s.padded_Dv);
+  write_forward<T>(a, block, s, few ? s.out : s.values);
 }
 
 template <class T>

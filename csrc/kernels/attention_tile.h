@@ -3,7 +3,7 @@
 #pragma once
 
 #include "simd/buffer.h"
-#include "simd/vec.h"
+#include "simd/vec_math.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
@@ -47,6 +47,31 @@ struct Broadcast {
   const float* data;
   int64_t row_stride, depth_stride;
 };
+
+// The sum of a vector's lanes, as a tree.
+static inline float sum_of(Vec x) {
+  VecInt lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __builtin_shuffle(x, lane ^ step);
+  return x[0];
+}
+
+// c[i * c_stride + j] = a row i . b row j, for rows (of a) and few (of b, at most kLanes), `width` a multiple of
+// kLanes; the rest of c's first vector is 0.
+static void dot_rows(int64_t rows, int64_t few, int64_t width, const float* a, const float* b, float* c,
+                     int64_t c_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec result = {};  // stored whole: a vector load soon after could not be served from single stores
+    for (int64_t j = 0; j < few; ++j) {
+      Vec sum = {};
+      for (int64_t d = 0; d < width; d += kLanes)
+        sum = mul_add(load_vec(a + i * width + d), load_vec(b + j * width + d), sum);
+      result[j] = sum_of(sum);
+    }
+    store_vec(c + i * c_stride, result);
+  }
+}
 
 enum class Into { kSet, kAdd, kScaleAndAdd };
 
