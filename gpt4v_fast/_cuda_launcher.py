@@ -17,11 +17,9 @@ from gpt4v_fast._native import DTYPE_CODES
 OBJECT = Path(__file__).with_name("_cuda.so")
 
 
-@functools.cache
-def _library() -> ctypes.CDLL | None:
-    if not OBJECT.exists():
-        return None
-    library = ctypes.CDLL(str(OBJECT))
+def load(path: Path) -> ctypes.CDLL:
+    """The object at `path`, its functions' argument types declared."""
+    library = ctypes.CDLL(str(path))
     pointer, integer, sizes = ctypes.c_void_p, ctypes.c_int32, ctypes.POINTER(ctypes.c_int64)
     library.gpt4v_fast_patch_embed_forward.restype = integer
     library.gpt4v_fast_patch_embed_forward.argtypes = [
@@ -36,6 +34,11 @@ def _library() -> ctypes.CDLL | None:
     library.gpt4v_fast_cuda_error.restype = ctypes.c_char_p
     library.gpt4v_fast_cuda_error.argtypes = [integer]
     return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    return load(OBJECT) if OBJECT.exists() else None
 
 
 def missing() -> str | None:

@@ -53,7 +53,7 @@ class Attention(nn.Module):
             if embed_dim % num_heads:
                 raise ValueError(f"num_heads: expected a divisor of embed_dim = {embed_dim}, got {num_heads}")
             head_dim = embed_dim // num_heads
-        options = {"bias": bias, "device": device, "dtype": dtype}
+        options: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.dropout_p, self.softcap = dropout_p, softcap
         self.q_proj = nn.Linear(embed_dim, num_heads * head_dim, **options)
@@ -82,7 +82,7 @@ class PatchEmbed(nn.Module):
         in_channels: C.
         embed_dim: E.
         patch_size: P, (Ph, Pw), or (Pt, Ph, Pw) for video.
-        grid: (rows, columns), or (frames, rows, columns), of patches: gives a learned pos_embed (N, E); None: no pos_embed.
+        grid: (rows, columns), or (frames, rows, columns), of patches, for a learned pos_embed (N, E); None: none.
         bias: give the projection a bias.
         mean, std, rescale: as for `gpt4v_fast.patch_embed`; uint8 images need no other preparation.
 
@@ -111,7 +111,7 @@ class PatchEmbed(nn.Module):
         if grid is not None and (len(grid) != len(patch) or min(grid) < 1):
             raise ValueError(f"grid: expected {len(patch)} numbers, each at least 1, got {grid}")
         self.patch_size, self.mean, self.std, self.rescale = patch, mean, std, rescale
-        options = {"device": device, "dtype": dtype}
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(embed_dim, in_channels, *patch, **options))
         self.bias = nn.Parameter(torch.empty(embed_dim, **options)) if bias else None
         table = None if grid is None else torch.empty(math.prod(grid), embed_dim, **options)
@@ -179,9 +179,7 @@ class CrossEntropyLoss(nn.Module):
             "return_stats": return_stats,
         }
 
-    def forward(
-        self, logits: torch.Tensor, target: torch.Tensor
-    ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
+    def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
         return cross_entropy(logits, target, weight=self.weight, **self.options)
 
     def extra_repr(self) -> str:
@@ -235,13 +233,9 @@ class LinearCrossEntropyLoss(nn.Module):
             "return_stats": return_stats,
         }
 
-    def forward(
-        self, hidden: torch.Tensor, target: torch.Tensor
-    ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
+    def forward(self, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
         weight, bias = self.linear.weight, self.linear.bias
-        return linear_cross_entropy(
-            hidden, weight, target, bias=bias, class_weight=self.weight, **self.options
-        )
+        return linear_cross_entropy(hidden, weight, target, bias=bias, class_weight=self.weight, **self.options)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -365,8 +365,8 @@ def patch_embed_packed(
         if pos is not None:
             side = math.isqrt(pos.shape[-2]) if pos_grid is None else pos_grid
             pos = resize_positions(pos.reshape(-1, pos.shape[-1]), side, rows, columns)
-        options = {"bias": bias, "mean": mean, "std": std, "rescale": rescale, "pos_embed": pos}
-        tokens.append(patch_embed(image[None], weight, **options)[0])
+        part = patch_embed(image[None], weight, bias=bias, mean=mean, std=std, rescale=rescale, pos_embed=pos)
+        tokens.append(part[0])
         positions.append(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).reshape(-1, 2))
     lengths = torch.tensor([len(t) for t in tokens], dtype=torch.int32, device=weight.device)
     joined = torch.cat(tokens).to(weight.dtype if out_dtype is None else out_dtype)

@@ -193,7 +193,7 @@ def test_packed_says_where_tokens_come_from():
 
 
 def test_packed_without_images():
-    images, tensors = packed_inputs(UINT8, BF16)
+    _, tensors = packed_inputs(UINT8, BF16)
     tokens, cu_seqlens, positions = gf.patch_embed_packed([], **tensors)
     assert tokens.shape == (0, 21) and tokens.dtype == BF16
     assert cu_seqlens.tolist() == [0] and positions.shape == (0, 2)
@@ -204,9 +204,7 @@ def test_module_is_a_convolution_with_normalisation():
     module = gf.nn.PatchEmbed(3, 24, 8, grid=(2, 3), **options)
     pixels = torch.randint(0, 256, (2, 3, 16, 24), dtype=UINT8, generator=torch.Generator().manual_seed(0))
     tensors = {"pixels": pixels, **{name: p.detach() for name, p in module.named_parameters()}}
-    exact = reference.patch_embed(
-        **{n: t if n == "pixels" else t.double() for n, t in tensors.items()}, **options
-    )
+    exact = reference.patch_embed(**{n: t if n == "pixels" else t.double() for n, t in tensors.items()}, **options)
     assert_close(module(pixels), exact, in_torch(**tensors, **options))
     torch.nn.Conv2d(3, 24, 8, stride=8).load_state_dict({n: tensors[n] for n in ("weight", "bias")})
     module(pixels).sum().backward()

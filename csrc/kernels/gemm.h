@@ -51,8 +51,7 @@ static inline void multiply_tile(const float* a, const float* b, int64_t depth, 
 
 // out (row_panels * kRows, kCols) = a b over the whole depth, kDepth at a time. Row panel i starts at a + i *
 // depth * kRows.
-static inline void multiply_panels(const float* a, int64_t row_panels, const float* b, int64_t depth,
-                                   float* out) {
+static inline void multiply_panels(const float* a, int64_t row_panels, const float* b, int64_t depth, float* out) {
   for (int64_t d = 0; d == 0 || d < depth; d += kDepth) {
     const int64_t count = min_of(kDepth, depth - d);
     for (int64_t i = 0; i < row_panels; ++i) {

@@ -121,8 +121,7 @@ static void pack_patch_rows(const PatchEmbedArgs& args, const Layout& layout, in
 template <class T>
 static void pack_patch_columns(const PatchEmbedArgs& args, const Layout& layout, int64_t token, int64_t step,
                                int64_t depth, float* out) {
-  const T* start =
-      static_cast<const T*>(args.pixels.data) + layout.patch_start(token, args.pixels, args.weight);
+  const T* start = static_cast<const T*>(args.pixels.data) + layout.patch_start(token, args.pixels, args.weight);
   for (int64_t first = 0; first < layout.K; first += gemm::kCols) {
     float* columns = out + (first * depth + step * gemm::kCols);
     const int64_t width = min_of(gemm::kCols, layout.K - first);
@@ -141,8 +140,7 @@ static void pack_weight_columns(const PatchEmbedArgs& args, const Layout& layout
   constexpr int64_t kRun = 16;  // a cache line of fp32 weights, read whole before the next channel's
   for (int64_t k0 = 0; k0 < layout.K; k0 += kRun)
     for (int c = 0; c < gemm::kCols; ++c) {
-      const T* row =
-          static_cast<const T*>(args.weight.data) + min_of(first + c, layout.E - 1) * args.weight.stride[0];
+      const T* row = static_cast<const T*>(args.weight.data) + min_of(first + c, layout.E - 1) * args.weight.stride[0];
       for (int64_t k = k0; k < min_of(k0 + kRun, layout.K); ++k)
         out[k * gemm::kCols + c] = to_float(row[layout.weight[k]]);
     }
@@ -161,8 +159,7 @@ static void pack_weight_rows(const PatchEmbedArgs& args, const Layout& layout, i
 
 // Row panels of grad_tokens (panel, E, kRows) for `count` tokens: rows are tokens, depth is E.
 template <class T>
-static void pack_grad_rows(const PatchEmbedArgs& args, const Layout& layout, int64_t first, int64_t count,
-                           float* out) {
+static void pack_grad_rows(const PatchEmbedArgs& args, const Layout& layout, int64_t first, int64_t count, float* out) {
   const View& grad = args.grad_tokens;
   for (int64_t t = 0; t < count; ++t) {
     const T* row = static_cast<const T*>(grad.data) + token_start(grad, first + t, layout.N);
@@ -170,8 +167,7 @@ static void pack_grad_rows(const PatchEmbedArgs& args, const Layout& layout, int
     for (int64_t e = 0; e < layout.E; ++e) panel[e * gemm::kRows] = to_float(row[e * grad.stride[2]]);
   }
   for (int64_t t = count; t < round_up(count, gemm::kRows); ++t)
-    for (int64_t e = 0; e < layout.E; ++e)
-      out[(t / gemm::kRows * layout.E + e) * gemm::kRows + t % gemm::kRows] = 0.0f;
+    for (int64_t e = 0; e < layout.E; ++e) out[(t / gemm::kRows * layout.E + e) * gemm::kRows + t % gemm::kRows] = 0.0f;
 }
 
 // One token of grad_tokens^T as row panels (panel, depth, kRows): rows are output channels, the token is step
@@ -205,8 +201,7 @@ static void store_tokens(const PatchEmbedArgs& args, const Layout& layout, int64
     if (pos.defined) add_to_row(pos, n * pos.stride[0] + channel * pos.stride[1], pos.stride[1], width, sums);
     with_float(tokens.dtype, [&](auto type) {
       using T = decltype(type);
-      T* to =
-          static_cast<T*>(tokens.data) + token_start(tokens, token, layout.N) + channel * tokens.stride[2];
+      T* to = static_cast<T*>(tokens.data) + token_start(tokens, token, layout.N) + channel * tokens.stride[2];
       for (int64_t c = 0; c < width; ++c) to[c * tokens.stride[2]] = from_float<T>(sums[c]);
     });
   }
@@ -232,8 +227,8 @@ static void store_grad_pixels(const PatchEmbedArgs& args, const Layout& layout, 
 // the column panel of a strip, `store` takes the finished sums. Forward and the gradient of pixels are this,
 // with depth K and E.
 template <class PackRows, class PackStrip, class Store>
-static void product_by_token_blocks(const Layout& layout, int64_t depth, int64_t width, int threads,
-                                    PackRows pack_rows, PackStrip pack_strip, Store store) {
+static void product_by_token_blocks(const Layout& layout, int64_t depth, int64_t width, int threads, PackRows pack_rows,
+                                    PackStrip pack_strip, Store store) {
   const int64_t strips = ceil_div(width, gemm::kCols), strip_size = depth * gemm::kCols;
   const int64_t block = layout.block_tokens(depth, threads), blocks = ceil_div(layout.tokens, block);
   if (strips == 0 || blocks == 0) return;
@@ -267,8 +262,7 @@ static void backward_pixels(const PatchEmbedArgs& args, const Layout& layout, in
                    [&](auto type) { pack_grad_rows<decltype(type)>(args, layout, first, count, out); });
       },
       [&](int64_t element, float* out) {
-        with_float(args.weight.dtype,
-                   [&](auto type) { pack_weight_rows<decltype(type)>(args, layout, element, out); });
+        with_float(args.weight.dtype, [&](auto type) { pack_weight_rows<decltype(type)>(args, layout, element, out); });
       },
       [&](int64_t first, int64_t count, int64_t element, const float* sums) {
         store_grad_pixels(args, layout, first, count, element, sums);
@@ -308,8 +302,8 @@ static void backward_weight(const PatchEmbedArgs& args, const Layout& layout, in
       for (int64_t task = 0; task < strips * groups; ++task) {
         const int64_t element = task / groups * gemm::kCols, panel = task % groups * kWeightRowPanels;
         const int64_t row_panels = min_of(kWeightRowPanels, panels - panel);
-        gemm::multiply_panels(grads.get() + panel * count * gemm::kRows, row_panels,
-                              patches.get() + element * count, count, my_sums);
+        gemm::multiply_panels(grads.get() + panel * count * gemm::kRows, row_panels, patches.get() + element * count,
+                              count, my_sums);
         const int64_t channel = panel * gemm::kRows, width = min_of(gemm::kCols, K - element);
         for (int64_t e = 0; e < min_of(row_panels * gemm::kRows, E - channel); ++e) {
           float* to = grad_weight + (channel + e) * K + element;
@@ -330,14 +324,12 @@ static void patch_embed_forward(const PatchEmbedArgs& args, int threads) {
   patch::product_by_token_blocks(
       layout, layout.K, layout.E, threads,
       [&](int64_t first, int64_t count, float* out) {
-        patch::with_pixel(args.pixels.dtype, [&](auto type) {
-          patch::pack_patch_rows<decltype(type)>(args, layout, first, count, out);
-        });
+        patch::with_pixel(args.pixels.dtype,
+                          [&](auto type) { patch::pack_patch_rows<decltype(type)>(args, layout, first, count, out); });
       },
       [&](int64_t channel, float* out) {
-        patch::with_float(args.weight.dtype, [&](auto type) {
-          patch::pack_weight_columns<decltype(type)>(args, layout, channel, out);
-        });
+        patch::with_float(args.weight.dtype,
+                          [&](auto type) { patch::pack_weight_columns<decltype(type)>(args, layout, channel, out); });
       },
       [&](int64_t first, int64_t count, int64_t channel, float* sums) {
         patch::store_tokens(args, layout, first, count, channel, sums);

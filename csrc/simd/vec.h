@@ -21,8 +21,7 @@ constexpr int kLanes = 4;  // SSE2 on x86-64, NEON on aarch64; elsewhere the com
 
 typedef float Vec __attribute__((vector_size(kLanes * sizeof(float))));
 // The same in memory, on any float's boundary.
-typedef float VecInMemory
-    __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef float VecInMemory __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 static inline Vec load_vec(const float* data) { return *reinterpret_cast<const VecInMemory*>(data); }
 

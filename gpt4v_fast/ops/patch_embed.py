@@ -36,12 +36,12 @@ def patch_embed(
 
         tokens[b, n, e] = sum_k weight[e, k] ((x[b, n, k] rescale - mean[c(k)]) / std[c(k)]) + bias[e] + pos_embed[n, e]
 
-    x[b, n, k] is element k of patch n, and the patches tile the image row by row: this is a convolution whose stride is its
-    kernel, `conv(normalise(pixels)).flatten(2).transpose(1, 2) + pos_embed`. Sums are fp32.
+    x[b, n, k] is element k of patch n; the patches tile the image row by row. This is a convolution whose stride is
+    its kernel, `conv(normalise(pixels)).flatten(2).transpose(1, 2) + pos_embed`. Sums are fp32.
 
     Args:
-        pixels: (B, C, H, W), or (B, C, frames, H, W) for video; uint8, fp32, bf16 or fp16; any strides (channels last is a
-            permuted view). H, W and frames are multiples of the patch's sides.
+        pixels: (B, C, H, W), or (B, C, frames, H, W) for video; uint8, fp32, bf16 or fp16; any strides (channels last
+            is a permuted view). H, W and frames are multiples of the patch's sides.
         weight: (E, C, Ph, Pw), or (E, C, Pt, Ph, Pw) for video; fp32, bf16 or fp16, any strides.
         bias: (E,), any of these float dtypes.
         mean, std: a number, C numbers, or a tensor of one or C; None: 0 and 1. Constants: no gradient reaches them.
@@ -75,15 +75,13 @@ def prepare(
     checks.check_tensor("pixels", pixels, dtypes=PIXEL_DTYPES)
     checks.check_tensor("weight", weight)
     if pixels.dim() not in (4, 5):
-        raise ValueError(
-            f"pixels: expected (B, C, H, W) or (B, C, frames, H, W), got shape {tuple(pixels.shape)}"
-        )
+        raise ValueError(f"pixels: expected (B, C, H, W) or (B, C, frames, H, W), got shape {tuple(pixels.shape)}")
     check_weight(weight, pixels.shape[1], pixels.dim())
     checks.check_device("weight", weight, "pixels", pixels)
     grid = patch_grid("pixels", tuple(pixels.shape[2:]), tuple(weight.shape[2:]))
     scale, shift = pixel_transform(pixels, pixels.shape[1], mean, std, rescale)
     check_bias(bias, weight)
-    weight, bias = library.autocast(weight, bias)
+    weight, bias = library.autocast(weight, bias)  # type: ignore[assignment]
     if pos_embed is not None:
         pos_embed = check_positions(pos_embed, weight, math.prod(grid))
     if pixels.dim() == 4:
@@ -94,9 +92,7 @@ def prepare(
 def check_weight(weight: torch.Tensor, C: int, ndim: int) -> None:
     if weight.dim() != ndim:
         expected = "(E, C, P, P)" if ndim == 4 else "(E, C, Pt, P, P)"
-        raise ValueError(
-            f"weight: expected {expected} for {ndim}-dimensional pixels, got shape {tuple(weight.shape)}"
-        )
+        raise ValueError(f"weight: expected {expected} for {ndim}-dimensional pixels, got shape {tuple(weight.shape)}")
     if weight.shape[1] != C:
         raise ValueError(f"weight: expected {C} channels as in pixels, got shape {tuple(weight.shape)}")
     if min(weight.shape[2:]) < 1:
@@ -157,25 +153,18 @@ def _per_channel(name: str, value: PerChannel, default: float, C: int, device: t
     """(C,) or (1,) in fp64, on `device`."""
     if isinstance(value, torch.Tensor):
         checks.check_tensor(name, value, dtypes=(torch.float64, *checks.FLOAT_DTYPES))
-        if value.numel() not in (1, C):
-            raise ValueError(
-                f"{name}: expected 1 or {C} elements, one per channel, got shape {tuple(value.shape)}"
-            )
+        if value.numel() != 1 and value.numel() != C:
+            raise ValueError(f"{name}: expected 1 or {C} elements, one per channel, got shape {tuple(value.shape)}")
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a tensor that needs no gradient, got one that does")
         # On a GPU zeros are not looked for: reading the tensor would wait for the device.
-        if (
-            name == "std"
-            and value.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-            and not value.all()
-        ):
+        if name == "std" and value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.all():
             raise ValueError(f"std: expected no zeros, got {value.tolist()}")
         return value.reshape(-1).to(device=device, dtype=torch.float64)
     numbers = [default] if value is None else [value] if isinstance(value, (int, float)) else list(value)
     if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {value!r}")
-    if len(numbers) not in (1, C):
+    if len(numbers) != 1 and len(numbers) != C:  # not `in`: under torch.compile C may be symbolic
         raise ValueError(f"{name}: expected 1 or {C} numbers, one per channel, got {len(numbers)}")
     if not all(math.isfinite(x) for x in numbers) or (name == "std" and 0.0 in numbers):
         wanted = "finite numbers other than 0" if name == "std" else "finite numbers"
@@ -243,20 +232,18 @@ def _patch_embed_backward(
     if backends.pick(describe(pixels, weight)).backend != "cpu":
         with torch.enable_grad():
             leaves = [x.detach().float().requires_grad_() for x in (weight, pixels)]
-            tokens = reference.patch_tokens(
-                _normalise(leaves[1], pixel_scale, pixel_shift), leaves[0], None, None
-            )
+            tokens = reference.patch_tokens(_normalise(leaves[1], pixel_scale, pixel_shift), leaves[0], None, None)
         needed = [leaf for leaf, needs in zip(leaves, (needs_weight, needs_pixels), strict=True) if needs]
         found = iter(torch.autograd.grad(tokens, needed, grad_tokens.float()))
-        grad_weight = next(found).to(weight.dtype) if needs_weight else absent
-        return grad_weight, next(found).to(pixels.dtype) if needs_pixels else absent
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32) if needs_weight else None
-    grad_pixels = torch.empty(pixels.shape, dtype=pixels.dtype) if needs_pixels else None
-    tensors = (pixels, weight, pixel_scale, pixel_shift, grad_tokens, grad_weight, grad_pixels)
-    _C.patch_embed_backward(*(view(x) for x in tensors), threads())
-    return absent if grad_weight is None else grad_weight.to(
-        weight.dtype
-    ), absent if grad_pixels is None else grad_pixels
+        grad_weight = next(found) if needs_weight else absent
+        grad_pixels = next(found) if needs_pixels else absent
+    else:
+        grad_weight = torch.empty(weight.shape, dtype=torch.float32) if needs_weight else absent
+        grad_pixels = torch.empty(pixels.shape, dtype=pixels.dtype) if needs_pixels else absent
+        wanted = (grad_weight if needs_weight else None, grad_pixels if needs_pixels else None)
+        tensors = (pixels, weight, pixel_scale, pixel_shift, grad_tokens, *wanted)
+        _C.patch_embed_backward(*(view(x) for x in tensors), threads())
+    return grad_weight.to(weight.dtype), grad_pixels.to(pixels.dtype) if needs_pixels else weight.new_empty(0)
 
 
 def _patch_embed_fake(
@@ -296,10 +283,9 @@ def _autograd(ctx: Any, grad_tokens: torch.Tensor) -> tuple[Any, ...]:
     needs_pixels, needs_weight, needs_bias, _, _, needs_pos, _ = ctx.needs_input_grad
     grad_weight = grad_pixels = grad_bias = grad_pos = None
     if needs_weight or needs_pixels:
-        gradients = _patch_embed_backward_op(grad_tokens, *ctx.saved_tensors, needs_weight, needs_pixels)
-        grad_weight, grad_pixels = (
-            g if needs else None for g, needs in zip(gradients, (needs_weight, needs_pixels))
-        )
+        needed = (needs_weight, needs_pixels)
+        gradients = _patch_embed_backward_op(grad_tokens, *ctx.saved_tensors, *needed)
+        grad_weight, grad_pixels = (g if needs else None for g, needs in zip(gradients, needed, strict=True))
     if needs_bias:
         grad_bias = grad_tokens.sum((0, 1), dtype=torch.float32).to(ctx.bias_dtype)
     if needs_pos:

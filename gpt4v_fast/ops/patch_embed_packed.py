@@ -1,7 +1,7 @@
 """Patch embedding of images of different sizes into one packed sequence.
 
-user -> patch_embed_packed -> gpt4v_fast::patch_embed, once for all images: their patches, gathered into one tensor of the
-pixels' own dtype (a byte per pixel and channel for uint8), are the "frames" of a one-patch-wide video.
+user -> patch_embed_packed -> gpt4v_fast::patch_embed, once for all images: their patches, gathered into one tensor of
+the pixels' own dtype (a byte per pixel and channel for uint8), are the "frames" of a one-patch-wide video.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def patch_embed_packed(
 
     Returns:
         tokens (sum Ni, E) in out_dtype; cu_seqlens (len(images) + 1,) int32, where image i's tokens begin and end;
-        positions (sum Ni, 2) int64, the (row, column) of each token's patch. All on weight's device. Gradients reach weight,
-        bias, pos_embed and float images.
+        positions (sum Ni, 2) int64, the (row, column) of each token's patch. All on weight's device. Gradients reach
+        weight, bias, pos_embed and float images.
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device; the message names it.
@@ -65,7 +65,7 @@ def patch_embed_packed(
 
 
 def check_images(images: Sequence[torch.Tensor], weight: torch.Tensor) -> list[tuple[int, int]]:
-    """The patch grid (rows, columns) of each image; raises for what `patch_embed` could not name by its own argument."""
+    """The patch grid (rows, columns) of each image; raises for what `patch_embed` would name otherwise."""
     checks.check_tensor("weight", weight, ndim=4)
     if not isinstance(images, (list, tuple)):
         raise TypeError(f"images: expected a list of tensors (C, H, W), got {type(images).__name__}")
@@ -115,9 +115,7 @@ def pack_patches(images: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.
     return torch.cat(patches, dim=1).unsqueeze(0)
 
 
-def pack_positions(
-    table: torch.Tensor | None, side: int, grids: list[tuple[int, int]]
-) -> torch.Tensor | None:
+def pack_positions(table: torch.Tensor | None, side: int, grids: list[tuple[int, int]]) -> torch.Tensor | None:
     """The position of every token (sum Ni, E), each grid interpolated once."""
     if table is None:
         return None

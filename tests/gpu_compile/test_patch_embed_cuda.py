@@ -66,7 +66,7 @@ def test_no_spills_and_room_for_two_blocks(arch: str, kernel: str) -> None:
 @pytest.mark.parametrize("arch", ARCHES)
 def test_16_bit_weights_use_the_tensor_cores(arch: str, kernel: str) -> None:
     names = instructions(arch, kernel)
-    # A warp's 64 x 32 tile, a step of 32: 4 x 4 x 2 instructions of 16 x 8 x 16, and (4 + 2) x 2 loads of four matrices.
+    # A warp's 64 x 32 tile, a step of 32: 4 x 4 x 2 instructions of 16 x 8 x 16, (4 + 2) x 2 loads of four matrices.
     assert count(names, r"HMMA\.16816\.F32") == 32
     assert count(names, r"LDSM\.16\.M88\.4") == 12
     assert count(names, r"LDGSTS\.E\.(\w+\.)*128") > 0, "the widest copies of the weight bypass the registers"
