@@ -7,7 +7,7 @@ import torch
 # torch comes first on purpose: it brings libgomp.so.1 into the process, and the extension then shares that OpenMP
 # runtime instead of starting a second one.
 try:
-    from gpt4v_fast import _C
+    import gpt4v_fast._C as _C
 except ImportError as error:  # pragma: no cover - shown to people who run from a source tree that was not built
     raise ImportError(
         "gpt4v_fast._C, the compiled part of the package, is missing or was built for another Python. "

@@ -282,7 +282,7 @@ def run_forward(
         from gpt4v_fast.kernels import attention as kernel
 
         return kernel.attention_forward(q, k, v, **_triton_arguments(q, k, options))
-    out, lse = _run_reference(*(x.float() for x in (q, k, v)), options)
+    out, lse = _run_reference(q.float(), k.float(), v.float(), options)
     return out.to(q.dtype), lse
 
 
@@ -296,8 +296,8 @@ def _attention_backward(
     v: torch.Tensor,
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
-    *rest, needs_dbias = rest
-    options = AttentionOptions(*rest)
+    *values, needs_dbias = rest
+    options = AttentionOptions(*values)
     bias, sinks = options.bias, options.sinks
     backend = backends.pick(describe(q, k, v, options)).backend
     if backend == "cpu":
@@ -331,7 +331,7 @@ def reference_backward(
     bias, sinks = options.bias, options.sinks
     with torch.enable_grad():
         leaves = [x.detach().float().requires_grad_() for x in qkv]
-        extra = {}
+        extra: dict[str, Any] = {}
         if needs_dbias and bias is not None:
             extra["bias"] = bias.detach().float().requires_grad_()
         if sinks is not None:
@@ -400,7 +400,7 @@ def _triton_arguments(q: torch.Tensor, k: torch.Tensor, options: AttentionOption
 def _run_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.attention_core(
+    out_and_lse: Any = reference.attention_core(
         q,
         k,
         v,
@@ -417,6 +417,7 @@ def _run_reference(
         dropout_seed=options.dropout_seed,
         return_lse=True,
     )
+    return out_and_lse
 
 
 def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:

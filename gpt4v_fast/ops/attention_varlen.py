@@ -135,8 +135,8 @@ def prepare(
         softcap=checks.check_softcap(softcap),
         dropout_p=dropout_p,
     )
-    longest = [-1 if x is None else x for x in (max_seqlen_q, max_seqlen_k)]
-    return (q, k, v, cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), *longest, *options)
+    limits = [-1 if x is None else x for x in (max_seqlen_q, max_seqlen_k)]
+    return (q, k, v, cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), *limits, *options)
 
 
 def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> list[int]:
@@ -249,7 +249,7 @@ def _run_reference(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.attention_varlen(
+    out_and_lse: Any = reference.attention_varlen(
         q,
         k,
         v,
@@ -266,6 +266,7 @@ def _run_reference(
         dropout_seed=options.dropout_seed,
         return_lse=True,
     )
+    return out_and_lse
 
 
 def _fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:

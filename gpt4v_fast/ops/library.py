@@ -37,7 +37,7 @@ def define_op(
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
-def autocast(*tensors: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The floating tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = next(t.device.type for t in tensors if t is not None)
     if not torch.is_autocast_enabled(device):
