@@ -127,10 +127,10 @@ def prepare(
     if torch.is_grad_enabled():
         tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
         tensors |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-        for name, given in tensors.items():
-            if given is not None and given.requires_grad:
+        for argument, value in tensors.items():
+            if value is not None and value.requires_grad:
                 raise ValueError(
-                    f"{name}: expected a tensor that needs no gradient (attention_kvcache has none; call it under "
+                    f"{argument}: expected a tensor that needs no gradient (attention_kvcache has none; call it under "
                     "torch.no_grad()), got one that does"
                 )
     check_window(window)
