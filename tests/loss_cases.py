@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -51,6 +53,53 @@ def at_thread_counts(function: Callable[[], Any], counts: tuple[int, ...] = (1, 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCase:
+    """One call of linear_cross_entropy."""
+
+    name: str
+    N: int
+    V: int
+    E: int
+    dtype: torch.dtype = FP32
+    spread: float = 2.0  # standard deviation of the logits
+    planted: bool = False  # rows of the weight equal to hidden's: the label of a token is then nearly certain
+    bias: torch.dtype | None = None
+    ignored: float = 0.2
+    ignore_index: int = IGNORED
+    weighted: bool = False
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    reduction: str = "none"
+    # None: closeness.py's. A unit in the last place of a logit of 16 is 16 of its probability, so 16 + |logit| is fair
+    # where probabilities are small and alone in their row of the weight's gradient.
+    floor_ulps: float | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(self.N, self.E, generator=generator)
+        weight = torch.randn(self.V, self.E, generator=generator) * (self.spread / math.sqrt(max(self.E, 1)))
+        if self.planted:
+            counted = self.target().clamp(min=0)
+            weight[counted] = self.spread * hidden
+        tensors = {"hidden": hidden.to(self.dtype), "weight": weight.to(self.dtype)}
+        if self.bias is not None:
+            tensors["bias"] = torch.randn(self.V, generator=generator).to(self.bias)
+        return tensors
+
+    def target(self) -> torch.Tensor:
+        return make_labels(self.N, self.V, self.ignored, self.ignore_index)
+
+    def options(self) -> dict[str, Any]:
+        names = ("ignore_index", "label_smoothing", "z_loss", "softcap", "reduction")
+        options = {name: getattr(self, name) for name in names}
+        return {**options, "class_weight": class_weights(self.V) if self.weighted else None}
+
+
+EVERYTHING = {"weighted": True, "label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 4.0}
 
 
 # For a worker with Triton's interpreter (triton_interpreter.py).
