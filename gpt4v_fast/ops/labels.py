@@ -19,9 +19,7 @@ def check_target(target: object, shape: tuple[int, ...], source: str, like: torc
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: expected a torch.Tensor of labels, got {type(target).__name__}")
     if target.is_floating_point():
-        raise TypeError(
-            f"target: expected integer labels, got {target.dtype}: class probabilities are not supported"
-        )
+        raise TypeError(f"target: expected integer labels, got {target.dtype}: class probabilities are not supported")
     if target.dtype not in LABEL_DTYPES:
         raise TypeError(f"target: expected an integer dtype, got {target.dtype}")
     if tuple(target.shape) != shape:
