@@ -134,7 +134,7 @@ def test_an_isa_file_shares_no_inline_function_with_others(isa, tmp_path):
     subprocess.run(["g++", *flags, "-c", str(ROOT / "csrc" / "isa" / f"{isa}.cpp"), "-o", str(target)], check=True)
     symbols = subprocess.run(["nm", "-C", str(target)], capture_output=True, text=True, check=True).stdout
     weak = [line for line in symbols.splitlines() if re.search(r" [WVu] ", line)]
-    # DW.ref.__gxx_personality_v0 is a pointer, not code: every file has it whose scratch is freed when something throws.
+    # DW.ref.__gxx_personality_v0 is a pointer, not code, in every file whose scratch is freed when something throws.
     foreign = [line for line in weak if f"gpt4v_fast::{isa}::" not in line and "DW.ref.__gxx_personality" not in line]
     assert not foreign, foreign
     assert f"gpt4v_fast::{isa}::table()" in symbols
