@@ -54,24 +54,25 @@ def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, .
 #   sm_86   the same instructions in 99 KB of shared memory (sm_89 and sm_120 too).
 #   sm_90   a warp group multiplies 64 rows (queries, or keys for dk and dv) at once; dk and dv of 256-wide heads do not
 #           fit its registers and run on the sm_80 instructions.
+#   sm_100  accumulators live in tensor memory; a pipeline of two stages around the loop over a group's heads spills.
 #   gfx942  a warp takes 32 rows; with fewer rows than that a warp, scores are computed more than once. 64 KB of LDS.
 #   cuda    fp32 as three products of tf32 halves, which triples operands and so the registers. Heads over 128 spill.
 ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("sm_80", 16, 32): _attention((128, 128, 8, 2, 128), (128, 32, 4, 2, 32), (32, 128, 4, 2, 32)),
-    ("sm_80", 16, 64): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (64, 128, 8, 2, 32)),
+    ("sm_80", 16, 64): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (32, 128, 8, 2, 32)),
     ("sm_80", 16, 128): _attention((128, 64, 8, 2, 32), (64, 64, 4, 2, 16), (128, 64, 8, 2, 64)),
     ("sm_80", 16, 256): _attention((64, 64, 8, 2, 32), (64, 64, 8, 2, 64), (64, 32, 8, 2, 32)),
     ("sm_86", 16, 32): _attention((128, 128, 8, 2, 128), (128, 32, 4, 2, 32), (32, 128, 4, 2, 32)),
-    ("sm_86", 16, 64): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (64, 128, 8, 2, 32)),
+    ("sm_86", 16, 64): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (32, 128, 8, 2, 32)),
     ("sm_86", 16, 128): _attention((128, 64, 8, 2, 32), (64, 64, 4, 2, 16), (64, 64, 8, 2, 32)),
     ("sm_86", 16, 256): _attention((32, 32, 4, 2, 16), (32, 64, 8, 1, 16), (32, 32, 8, 2, 32)),
     ("sm_90", 16, 32): _attention((128, 128, 8, 2, 128), (128, 128, 8, 2, 128), (128, 128, 8, 2, 64)),
     ("sm_90", 16, 64): _attention((128, 128, 8, 2, 128), (128, 128, 8, 2, 64), (64, 128, 8, 2, 64)),
     ("sm_90", 16, 128): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (32, 128, 8, 2, 32)),
     ("sm_90", 16, 256): _attention((128, 64, 8, 2, 32), (128, 32, 8, 2, 16), (64, 32, 8, 2, 32)),
-    ("sm_100", 16, 32): _attention((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 2, 64)),
-    ("sm_100", 16, 64): _attention((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 2, 32)),
-    ("sm_100", 16, 128): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (32, 128, 8, 2, 32)),
+    ("sm_100", 16, 32): _attention((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 1, 64)),
+    ("sm_100", 16, 64): _attention((128, 128, 8, 2, 64), (128, 128, 8, 2, 64), (64, 128, 8, 1, 64)),
+    ("sm_100", 16, 128): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (32, 128, 8, 1, 32)),
     ("sm_100", 16, 256): _attention((128, 64, 8, 2, 32), (128, 32, 8, 2, 32), (64, 32, 8, 2, 32)),
     ("gfx942", 16, 32): _attention((128, 64, 4, 1, 64), (128, 64, 4, 1, 64), (32, 128, 4, 1, 32)),
     ("gfx942", 16, 64): _attention((128, 64, 4, 2, 32), (128, 64, 4, 1, 64), (32, 128, 4, 1, 32)),
@@ -91,8 +92,9 @@ ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
 _INTERPRETER_ATTENTION = _attention((32, 64, 4, 1, 32), (32, 64, 4, 1, 32), (64, 32, 4, 1, 32))
 _INTERPRETER_CROSS_ENTROPY = CrossEntropyConfig(64, 4)
 
-# Two loads of 128 bits a thread in flight, four programs on a multiprocessor (52 registers a thread on sm_90).
-CROSS_ENTROPY = CrossEntropyConfig(4096, 8)
+# By bits of an element: two loads of 128 bits a thread in flight, four programs on a multiprocessor (52 registers a
+# thread on sm_90).
+CROSS_ENTROPY = {16: CrossEntropyConfig(4096, 8), 32: CrossEntropyConfig(2048, 8)}
 
 _FAMILIES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 
@@ -124,5 +126,6 @@ def cross_entropy(arch: str, dtype: torch.dtype, vocabulary: int) -> CrossEntrop
     """The same for every GPU, less for a vocabulary that does not fill it."""
     if arch == "interpreter":
         return _INTERPRETER_CROSS_ENTROPY
-    block = min(CROSS_ENTROPY.block, max(256, 2 ** (max(vocabulary, 1) - 1).bit_length()))
-    return CrossEntropyConfig(block, max(1, CROSS_ENTROPY.num_warps * block // CROSS_ENTROPY.block))
+    full = CROSS_ENTROPY[8 * dtype.itemsize]
+    block = min(full.block, max(256, 2 ** (max(vocabulary, 1) - 1).bit_length()))
+    return CrossEntropyConfig(block, max(1, full.num_warps * block // full.block))

@@ -58,7 +58,7 @@ def attention_rows(arch: str, head_dim: int) -> list[str]:
 
 def cross_entropy_row(arch: str) -> str:
     """Instructions per logit of the loops over a row, and how wide their accesses are."""
-    block = configs.CROSS_ENTROPY.block
+    block = configs.CROSS_ENTROPY[16].block
     lanes = CHIPS[arch].target.warp_size
     cells = []
     for facts in compiled(CrossEntropyLaunch(arch, "bfloat16", 50257)).result().values():

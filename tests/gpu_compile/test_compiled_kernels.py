@@ -37,6 +37,7 @@ FULL += [AttentionLaunch(arch, "bfloat16", D, causal=False) for arch in CHIPS_QU
 FULL += [AttentionLaunch(arch, "float16", D) for arch in CHIPS_QUICK for D in (64, 128)]
 FULL += [AttentionLaunch(arch, "float32", D) for arch in (*CHIPS_QUICK, "sm_86", "sm_100") for D in _HEAD_SIZES]
 FULL += [AttentionLaunch(arch, "bfloat16", D, group=4) for arch in _CHIPS for D in (72, 80)]
+FULL += [AttentionLaunch(arch, "bfloat16", D, group=4) for arch in _CHIPS for D in (64, 128)]
 FULL += [AttentionLaunch(arch, "bfloat16", 192, 128) for arch in _CHIPS]
 FULL += [AttentionLaunch(arch, "bfloat16", 64, softcap=30.0, causal=False) for arch in _CHIPS]
 

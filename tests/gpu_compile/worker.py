@@ -34,6 +34,7 @@ class AttentionLaunch:
     def __str__(self) -> str:
         name = f"{self.arch}-{self.dtype}-d{self.D}" + (f"-dv{self.Dv}" if self.Dv else "")
         name += ("-causal" if self.causal else "") + ("-softcap" if self.softcap else "")
+        name += f"-group{self.group}" if self.group > 1 else ""
         return name if len(self.passes) == 2 else f"{name}-{self.passes[0]}"
 
     def run(self) -> None:
