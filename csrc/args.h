@@ -44,7 +44,7 @@ struct AttentionArgs {
   int64_t window_left;   // -1: unbounded
   int64_t window_right;  // -1: unbounded
   float scale;
-  float softcap;    // 0: none
+  float softcap;     // 0: none
   double dropout_p;  // 0: none; the generator is in docs/math.md
   uint64_t seed;
 
@@ -53,7 +53,7 @@ struct AttentionArgs {
 
   // Backward only. d* have the shape and dtype of what they are the gradient of, unless said otherwise.
   View dout;
-  View dlse;    // (B, H, S) fp32 or absent
+  View dlse;  // (B, H, S) fp32 or absent
   View dq, dk, dv;
   View dbias;   // fp32, the bias's own shape before broadcasting (broadcast dimensions of size 1), or absent
   View dsinks;  // (H) fp32 or absent
@@ -103,8 +103,9 @@ struct LinearCrossEntropyArgs {
   View grad_bias;    // (V) fp32
 };
 
-// One call of the patch embedding: tokens (B, N, E) = conv(pixels * pixel_scale[c] + pixel_shift[c]) + bias + pos_embed.
-// Pixels are always 5-D here, (B, C, frames, H, W), frames = 1 for still images; weight is (E, C, Pt, Ph, Pw).
+// One call of the patch embedding: tokens (B, N, E) = conv(pixels * pixel_scale[c] + pixel_shift[c]) + bias +
+// pos_embed. Pixels are always 5-D here, (B, C, frames, H, W), frames = 1 for still images; weight is (E, C, Pt, Ph,
+// Pw).
 struct PatchEmbedArgs {
   View pixels;       // uint8/fp32/bf16/fp16
   View weight;       // fp32/bf16/fp16

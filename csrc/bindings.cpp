@@ -234,8 +234,7 @@ void check_patch_embed(const PatchEmbedArgs& a, int threads) {
       throw std::invalid_argument("grad_weight: expected a contiguous tensor");
     expected *= size > 1 ? size : 1;
   }
-  check_shape("grad_pixels", a.grad_pixels,
-              {B, C, a.pixels.size[2], a.pixels.size[3], a.pixels.size[4]});
+  check_shape("grad_pixels", a.grad_pixels, {B, C, a.pixels.size[2], a.pixels.size[3], a.pixels.size[4]});
   check_dtype("grad_pixels", a.grad_pixels, kFloats);
 }
 
@@ -244,8 +243,8 @@ AttentionArgs attention_args(const View& q, const View& k, const View& v, const 
                              const View& sinks, const View& query_documents, const View& key_documents,
                              const View& query_images, const View& key_images, const View& key_lengths,
                              const View& offsets, const View& cu_seqlens_q, const View& cu_seqlens_k, bool causal,
-                             bool bottom_right, int64_t window_left, int64_t window_right, float scale,
-                             float softcap, double dropout_p, uint64_t seed, const View& out, const View& lse) {
+                             bool bottom_right, int64_t window_left, int64_t window_right, float scale, float softcap,
+                             double dropout_p, uint64_t seed, const View& out, const View& lse) {
   AttentionArgs a{};
   a.q = q, a.k = k, a.v = v;
   a.bias = bias, a.alibi_slopes = alibi_slopes, a.sinks = sinks;
@@ -298,67 +297,64 @@ PYBIND11_MODULE(_C, m) {
         check_ndim("data", data, 1);
         check_dtype("data", data, {DType::kFloat32});
         if (data.size[0] < threads * gpt4v_fast::kPeakReadFloats || data.stride[0] != 1)
-          throw std::invalid_argument("data: expected at least " +
-                                      std::to_string(gpt4v_fast::kPeakReadFloats) +
+          throw std::invalid_argument("data: expected at least " + std::to_string(gpt4v_fast::kPeakReadFloats) +
                                       " contiguous floats per thread, got " + std::to_string(data.size[0]));
         py::gil_scoped_release release;
-        return gpt4v_fast::kernels().peak_read(static_cast<const float*>(data.data), data.size[0], threads,
-                                               seconds);
+        return gpt4v_fast::kernels().peak_read(static_cast<const float*>(data.data), data.size[0], threads, seconds);
       },
       py::arg("data"), py::arg("threads"), py::arg("seconds"));
 
   m.def("attention_forward",
-        [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
-           View key_documents, View query_images, View key_images, View key_lengths, View offsets, View cu_seqlens_q,
-           View cu_seqlens_k, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale,
-           float softcap, double dropout_p, uint64_t seed, View out, View lse, int threads) {
-          const AttentionArgs a = attention_args(
-              q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images, key_images, key_lengths,
-              offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right, window_left, window_right, scale, softcap,
-              dropout_p, seed, out, lse);
+        [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents, View key_documents,
+           View query_images, View key_images, View key_lengths, View offsets, View cu_seqlens_q, View cu_seqlens_k,
+           bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale, float softcap,
+           double dropout_p, uint64_t seed, View out, View lse, int threads) {
+          const AttentionArgs a =
+              attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
+                             key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
+                             window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
           check_attention(a, threads);
           py::gil_scoped_release release;
           gpt4v_fast::kernels().attention_forward(a, threads);
         });
-  m.def("attention_backward",
-        [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
-           View key_documents, View query_images, View key_images, View key_lengths, View offsets, View cu_seqlens_q,
-           View cu_seqlens_k, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale,
-           float softcap, double dropout_p, uint64_t seed, View out, View lse, View dout, View dlse, View dq, View dk,
-           View dv, View dbias, View dsinks, int threads) {
-          AttentionArgs a = attention_args(
-              q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images, key_images, key_lengths,
-              offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right, window_left, window_right, scale, softcap,
-              dropout_p, seed, out, lse);
-          a.dout = dout, a.dlse = dlse;
-          a.dq = dq, a.dk = dk, a.dv = dv, a.dbias = dbias, a.dsinks = dsinks;
-          check_attention_backward(a, threads);
-          py::gil_scoped_release release;
-          gpt4v_fast::kernels().attention_backward(a, threads);
-        });
+  m.def("attention_backward", [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
+                                 View key_documents, View query_images, View key_images, View key_lengths, View offsets,
+                                 View cu_seqlens_q, View cu_seqlens_k, bool causal, bool bottom_right,
+                                 int64_t window_left, int64_t window_right, float scale, float softcap,
+                                 double dropout_p, uint64_t seed, View out, View lse, View dout, View dlse, View dq,
+                                 View dk, View dv, View dbias, View dsinks, int threads) {
+    AttentionArgs a = attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
+                                     key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
+                                     window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
+    a.dout = dout, a.dlse = dlse;
+    a.dq = dq, a.dk = dk, a.dv = dv, a.dbias = dbias, a.dsinks = dsinks;
+    check_attention_backward(a, threads);
+    py::gil_scoped_release release;
+    gpt4v_fast::kernels().attention_backward(a, threads);
+  });
 
-  m.def("cross_entropy_forward", [](View logits, View target, View class_weight, int64_t ignore_index,
-                                    float label_smoothing, float softcap, View nll, View lse, View lse_low,
-                                    View argmax, int threads) {
-    CrossEntropyArgs a{};
-    a.logits = logits, a.target = target, a.class_weight = class_weight;
-    a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-    a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax;
-    check_cross_entropy(a, threads);
-    py::gil_scoped_release release;
-    gpt4v_fast::kernels().cross_entropy_forward(a, threads);
-  });
-  m.def("cross_entropy_backward", [](View logits, View target, View class_weight, int64_t ignore_index,
-                                     float label_smoothing, float softcap, View lse, View lse_low, View grad_nll,
-                                     View grad_lse, View grad_logits, int threads) {
-    CrossEntropyArgs a{};
-    a.logits = logits, a.target = target, a.class_weight = class_weight;
-    a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-    a.lse = lse, a.lse_low = lse_low, a.grad_nll = grad_nll, a.grad_lse = grad_lse, a.grad_logits = grad_logits;
-    check_cross_entropy(a, threads);
-    py::gil_scoped_release release;
-    gpt4v_fast::kernels().cross_entropy_backward(a, threads);
-  });
+  m.def("cross_entropy_forward",
+        [](View logits, View target, View class_weight, int64_t ignore_index, float label_smoothing, float softcap,
+           View nll, View lse, View lse_low, View argmax, int threads) {
+          CrossEntropyArgs a{};
+          a.logits = logits, a.target = target, a.class_weight = class_weight;
+          a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
+          a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax;
+          check_cross_entropy(a, threads);
+          py::gil_scoped_release release;
+          gpt4v_fast::kernels().cross_entropy_forward(a, threads);
+        });
+  m.def("cross_entropy_backward",
+        [](View logits, View target, View class_weight, int64_t ignore_index, float label_smoothing, float softcap,
+           View lse, View lse_low, View grad_nll, View grad_lse, View grad_logits, int threads) {
+          CrossEntropyArgs a{};
+          a.logits = logits, a.target = target, a.class_weight = class_weight;
+          a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
+          a.lse = lse, a.lse_low = lse_low, a.grad_nll = grad_nll, a.grad_lse = grad_lse, a.grad_logits = grad_logits;
+          check_cross_entropy(a, threads);
+          py::gil_scoped_release release;
+          gpt4v_fast::kernels().cross_entropy_backward(a, threads);
+        });
 
   m.def("linear_cross_entropy_forward",
         [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
@@ -373,8 +369,8 @@ PYBIND11_MODULE(_C, m) {
         });
   m.def("linear_cross_entropy_backward",
         [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
-           float label_smoothing, float softcap, View lse, View lse_low, View grad_nll, View grad_lse,
-           View grad_hidden, View grad_weight, View grad_bias, int threads) {
+           float label_smoothing, float softcap, View lse, View lse_low, View grad_nll, View grad_lse, View grad_hidden,
+           View grad_weight, View grad_bias, int threads) {
           LinearCrossEntropyArgs a{};
           a.hidden = hidden, a.weight = weight, a.bias = bias, a.target = target, a.class_weight = class_weight;
           a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from gpt4v_fast import _native  # imports torch before the extension
 from gpt4v_fast.backends import FallbackError, explain, force, strict
 from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention

@@ -44,4 +44,4 @@ def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-__all__ = ["_C", "DTYPE_CODES", "TensorView", "last_dim_contiguous", "threads", "view"]
+__all__ = ["DTYPE_CODES", "_C", "TensorView", "last_dim_contiguous", "threads", "view"]

@@ -77,7 +77,7 @@ def test_each_isa_can_be_forced_by_the_environment_and_by_the_context(isa):
 
 
 def test_an_unknown_isa_or_backend_is_refused():
-    with pytest.raises(ValueError, match="isa: expected one of scalar.*got 'sse9'"), gf.force(isa="sse9"):
+    with pytest.raises(ValueError, match=r"isa: expected one of scalar.*got 'sse9'"), gf.force(isa="sse9"):
         pass
     with pytest.raises(ValueError, match="backend: expected one of cpu, triton, reference, got 'tpu'"):
         gf.force(backend="tpu").__enter__()
@@ -115,7 +115,7 @@ def test_explain_says_which_kernel_and_strict_refuses_the_reference():
         backends.Request("attention", "meta", torch.float32), None).rejected)  # fmt: skip
     with gf.strict():
         gf.attention(q, q, q)
-        with pytest.raises(gf.FallbackError, match="strict mode is on: not _C.attention: the tensors are on meta"):
+        with pytest.raises(gf.FallbackError, match=r"strict mode is on: not _C\.attention: the tensors are on meta"):
             backends.pick(backends.Request("attention", "meta", torch.float32))
     with pytest.raises(TypeError, match="function: expected one of attention"):
         gf.explain(print, q)
