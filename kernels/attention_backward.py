@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpt4v_fast.kernels.common import LOG2E, exp2, key_bounds, last_visible, load_tile, store_tile, tanh, tile_pointers
+from gpt4v_fast.kernels.common import LOG2E, key_bounds, last_visible, load_tile, store_tile, tanh, tile_pointers
 
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -15,9 +15,9 @@ def _probabilities(products, lse, to_cap, to_log2, SOFTCAP: tl.constexpr):
     """(p, slope) from q k^T: softmax as the forward pass had it, and d z / d (scale q k^T), 1 without a softcap."""
     if SOFTCAP:
         capped = tanh(products * to_cap)
-        return exp2(capped * to_log2 - lse), 1.0 - capped * capped
+        return tl.exp2(capped * to_log2 - lse), 1.0 - capped * capped
     else:
-        return exp2(products * to_log2 - lse), 1.0
+        return tl.exp2(products * to_log2 - lse), 1.0
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Helpers that several Triton kernels share: exponentials, the online softmax, tiles, and what a launch must know.
+"""Helpers that several Triton kernels share: tanh, the online softmax, tiles, and what a launch must know.
 
 Importing this module imports triton; `gpt4v_fast` itself never does before a Triton kernel is asked for.
 """
@@ -12,28 +12,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
-from triton.language.target_info import is_cuda
 
-# Exponentials run in base 2 (one instruction on every GPU): scores carry a factor log2(e), results a factor ln(2).
+# Exponentials run in base 2, one instruction on every GPU (on NVIDIA ex2.approx.ftz, 2 units in the last place, results
+# below 2**-126 flushed to 0): scores carry a factor log2(e), results a factor ln(2).
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 _LOG2E = tl.constexpr(LOG2E)
 
 VECTOR_BYTES = 16  # the widest access of one thread on every target: 128 bits
-
-
-@triton.jit
-def exp2(x):
-    """2**x in fp32, results below 2**-126 flushed to 0 (2 units in the last place, PTX ISA ex2.approx.ftz).
-
-    On NVIDIA the plain `tl.exp2` keeps subnormal results at the price of a compare and two multiplications per element;
-    a probability below 2**-126 is of no weight. On AMD the launch option `allow_flush_denorm` does the same.
-    """
-    if is_cuda():
-        return libdevice.exp2(x)
-    else:
-        return tl.exp2(x)
 
 
 @triton.jit
@@ -47,7 +33,7 @@ def tanh(x):
     square = x * x
     tail = ((0.01643758 * square - 0.05267181) * square + 0.13320725) * square - 0.33332947
     near = x + x * square * tail
-    far = 1.0 - 2.0 / (exp2(tl.abs(x) * (2.0 * _LOG2E)) + 1.0)
+    far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * _LOG2E)) + 1.0)
     return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -far, far))
 
 
@@ -101,8 +87,8 @@ def online_softmax_step(scores, row_max, row_sum, to_log2, MASKED: tl.constexpr)
         origin = tl.where(new_max == float("-inf"), 0.0, new_max)
     else:
         origin = new_max
-    p = exp2(scores * to_log2 - origin[:, None])  # (BLOCK_M, BLOCK_N)
-    rescale = exp2(row_max - origin)
+    p = tl.exp2(scores * to_log2 - origin[:, None])  # (BLOCK_M, BLOCK_N)
+    rescale = tl.exp2(row_max - origin)
     return p, rescale, new_max, row_sum * rescale + tl.sum(p, 1)
 
 

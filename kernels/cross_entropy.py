@@ -27,7 +27,6 @@ from gpt4v_fast.kernels.common import (
     LN2,
     LOG2E,
     VECTOR_BYTES,
-    exp2,
     last_dim_contiguous,
     launch_options,
     on_device,
@@ -81,9 +80,9 @@ def _online_step(
     new_max = tl.maximum(row_max, tl.max(x, 0))
     # exp(z - origin) must exist for a row of infinities too: then 0 is as good an origin as any.
     new_origin = tl.where(tl.abs(new_max) == float("inf"), 0.0, _capped(new_max, softcap, SOFTCAP))
-    rescale = tl.where(row_max == float("-inf"), 0.0, exp2((origin - new_origin) * _LOG2E))
+    rescale = tl.where(row_max == float("-inf"), 0.0, tl.exp2((origin - new_origin) * _LOG2E))
     z = _capped(x, softcap, SOFTCAP)
-    p = exp2((z - new_origin) * _LOG2E)
+    p = tl.exp2((z - new_origin) * _LOG2E)
     if MASKED and SOFTCAP:
         p = tl.where(valid, p, 0.0)
     sums = sums * rescale + p
@@ -142,7 +141,7 @@ def _cross_entropy_forward_kernel(
         edge, exists, columns, row_max, origin, edge_zeros, edge_zeros, weight_ptr, softcap,
         True, HAS_WEIGHT, SMOOTHING, SOFTCAP,
     )  # fmt: skip
-    rescale = tl.where(body_max == float("-inf"), 0.0, exp2((body_origin - origin) * _LOG2E))
+    rescale = tl.where(body_max == float("-inf"), 0.0, tl.exp2((body_origin - origin) * _LOG2E))
     log_sum = tl.log2(tl.sum(sums, 0) * rescale + tl.sum(edge_sums, 0)) * _LN2
 
     # The lowest column that holds the maximum, in its tile of the body or at the edges; for a row of NaN, the last one.
@@ -172,7 +171,7 @@ def _logit_gradient(
 ):  # fmt: skip
     """slope_p * softmax(z) - slope_target * [column = target] - slope_all * w, times dz/dx."""
     z = _capped(x, softcap, SOFTCAP)
-    gradient = slope_p * exp2((z - lse) * _LOG2E)
+    gradient = slope_p * tl.exp2((z - lse) * _LOG2E)
     if SMOOTHING:
         if HAS_WEIGHT:
             gradient -= slope_all * tl.load(weight_ptr + columns, mask=valid, other=0.0)

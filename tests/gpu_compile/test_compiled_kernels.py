@@ -156,3 +156,17 @@ def test_a_kernel_for_another_chip_is_noticed():
     facts = {arch: _facts(AttentionLaunch(arch, "bfloat16", 64))["_attention_forward_kernel"] for arch in CHIPS_QUICK}
     assert {f.arch for f in facts.values()} == set(CHIPS_QUICK)
     assert facts["sm_80"].count("HGMMA") == 0 and facts["sm_90"].count("HGMMA") > 0
+
+
+@pytest.mark.parametrize("arch", ["sm_75", *CHIPS, "sm_103", "sm_121", "gfx90a", "gfx950", "gfx1100", "interpreter"])
+def test_every_device_has_an_entry(arch):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for head_dim in (1, 16, 33, 64, 80, 128, 129, 256):
+            config = configs.attention(arch, dtype, head_dim)
+            assert config == configs.attention(arch, dtype, head_dim)
+            assert config.forward.block_n % config.forward.masked == 0
+            assert config.backward_dq.block_n % config.backward_dq.masked == 0
+            assert config.backward_dkdv.block_m % config.backward_dkdv.masked == 0
+        for vocabulary in (1, 1000, 50257):
+            config = configs.cross_entropy(arch, dtype, vocabulary)
+            assert config.num_warps >= 1 and config.block & (config.block - 1) == 0
