@@ -118,7 +118,7 @@ def attention(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
 
 def dot_precision(arch: str, dtype: torch.dtype) -> str:
     """How matrix units multiply. Only fp32 has a choice: as it is on AMD; on NVIDIA as three products of tf32 halves,
-    each within 2**-20 of the exact product, where a single one (Triton's default) would be within 2**-11."""
+    each within 2**-20 of the exact product, where a single one (Triton's default) would be within 2**-10."""
     return "tf32x3" if dtype == torch.float32 and not arch.startswith("gfx") else "ieee"
 
 
