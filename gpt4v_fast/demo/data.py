@@ -26,12 +26,29 @@ WORDS = {
 }
 KINDS = {"en": ("even", "odd"), "zh": ("偶数", "奇数")}
 QUESTIONS = {
-    ("digit", "en"): ("Which digit is this?", "What digit is shown in the image?", "Read the digit."),
-    ("digit", "zh"): ("这是哪个数字？", "图中的数字是几？", "请读出这个数字。"),
-    ("parity", "en"): ("Is it even?", "Is this digit even or odd?", "Even or odd?"),
-    ("parity", "zh"): ("这是偶数吗？", "这个数字是奇数还是偶数？", "奇数还是偶数？"),
-    ("sum", "en"): ("What is the sum of the two digits?", "Add the two digits.", "What do they add up to?"),
-    ("sum", "zh"): ("这两个数字的和是多少？", "把两个数字加起来。", "两个数字相加等于几？"),
+    ("digit", "en"): (
+        "Which digit is this?",
+        "What digit is shown in the image?",
+        "Read the digit.",
+        "What number is this?",
+        "Which number do you see?",
+    ),
+    ("digit", "zh"): ("这是哪个数字？", "图中的数字是几？", "请读出这个数字。", "这是什么数字？", "这是几？"),
+    ("parity", "en"): (
+        "Is it even?",
+        "Is this digit even or odd?",
+        "Even or odd?",
+        "Is this number odd or even?",
+        "Is it odd?",
+    ),
+    ("parity", "zh"): ("这是偶数吗？", "这个数字是奇数还是偶数？", "奇数还是偶数？", "它是偶数吗？", "这是奇数吗？"),
+    ("sum", "en"): (
+        "What is the sum of the two digits?",
+        "Add the two digits.",
+        "What do they add up to?",
+        "What is the sum?",
+    ),
+    ("sum", "zh"): ("这两个数字的和是多少？", "把两个数字加起来。", "两个数字相加等于几？", "它们的和是多少？"),
     ("caption", "en"): ("Describe the image.", "Write a caption for this image.", ""),
     ("caption", "zh"): ("用一句话描述图片。", "请为图片写一个标题。"),
 }
