@@ -41,7 +41,7 @@ class Arena {
 
 struct ForwardScratch {
   int64_t padded_D, padded_Dv;  // to whole vectors
-  float *queries, *keys, *values, *scores, *out, *bias, *dropout, *maximum, *sum, *alpha;
+  float *queries, *keys, *values, *scores, *out, *bias, *dropout, *maximum, *sum, *alpha, *scale;
   int64_t size;
 
   ForwardScratch(const AttentionArgs& a, float* base) {
@@ -58,6 +58,7 @@ struct ForwardScratch {
     maximum = arena.take(kQueries);
     sum = arena.take(kQueries);
     alpha = arena.take(kQueries);
+    scale = arena.take(kQueries);  // the softmax scale in every lane
     size = arena.used();
   }
 };
@@ -166,12 +167,96 @@ static void write_forward(const AttentionArgs& a, const QueryBlock& block, const
   }
 }
 
+// How a block of many queries multiplies: the three places where the element type matters.
+template <class T>
+struct Products {
+  static void load_queries(const AttentionArgs& a, const QueryBlock& block, const ForwardScratch& s) {
+    pack_queries<T>(a.q, block, a.scale, s.keys, s.padded_D);
+    transpose(s.keys, s.padded_D, block.width, a.q.size[3], s.queries, kQueries);
+  }
+  static void score(const AttentionArgs& a, const QueryBlock& block, int64_t j0, int64_t n, const ForwardScratch& s) {
+    const int64_t D = a.q.size[3];
+    pack<T>(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, D, 1.0f, s.keys, s.padded_D);
+    product<Into::kSet>(n, block.width, D, {s.keys, s.padded_D, 1}, s.queries, kQueries, s.scores, kQueries);
+  }
+  static void add_values(const AttentionArgs& a, const QueryBlock& block, int64_t j0, int64_t n,
+                         const ForwardScratch& s) {
+    const int64_t Dv = a.v.size[3];
+    pack<T>(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, Dv, 1.0f, s.values, s.padded_Dv);
+    product<Into::kScaleAndAdd>(Dv, block.width, n, {s.values, 1, s.padded_Dv}, s.scores, kQueries, s.out, kQueries,
+                                s.alpha);
+  }
+};
+
+#ifdef __AVX512BF16__
+// bf16 stays bf16 here, and vdpbf16ps adds up products of pairs in fp32: pairs along D for the scores, pairs of keys
+// for the output, whose weights are rounded to bf16 as every flash attention does (their sum is not).
+template <>
+struct Products<bfloat16> {
+  static void load_queries(const AttentionArgs& a, const QueryBlock& block, const ForwardScratch& s) {
+    const int64_t D = a.q.size[3];
+    uint32_t* pairs = reinterpret_cast<uint32_t*>(s.queries);  // [D / 2][query]
+    for (int64_t lane = 0; lane < block.width; ++lane) {
+      const Rows<const bfloat16> row = query_row<const bfloat16>(a.q, block, min_of(lane, block.count - 1));
+      const auto bits = [&](int64_t d) { return d < D ? uint32_t{row.data[d * row.col_stride].bits} : 0u; };
+      for (int64_t d = 0; d < D; d += 2) pairs[d / 2 * kQueries + lane] = bits(d) | bits(d + 1) << 16;
+    }
+    for (int64_t lane = 0; lane < kQueries; ++lane) s.scale[lane] = a.scale;
+  }
+  static void score(const AttentionArgs& a, const QueryBlock& block, int64_t j0, int64_t n, const ForwardScratch& s) {
+    const int64_t D = a.q.size[3];
+    const Rows<const bfloat16> rows = key_rows<const bfloat16>(a.k, block.sequence, block.kv_head, j0);
+    BroadcastPairs keys{rows.data, rows.row_stride, 2};
+    if (rows.col_stride != 1 || D % 2 != 0) {
+      bfloat16* packed = reinterpret_cast<bfloat16*>(s.keys);
+      for (int64_t c = 0; c < n; ++c)
+        for (int64_t d = 0; d < D + D % 2; ++d)
+          packed[c * s.padded_D + d] = d < D ? rows.data[c * rows.row_stride + d * rows.col_stride] : bfloat16{0};
+      keys = {packed, s.padded_D, 2};
+    }
+    product<Into::kSetScaled>(n, block.width, (D + 1) / 2, keys, s.queries, kQueries, s.scores, kQueries, s.scale);
+  }
+  static void add_values(const AttentionArgs& a, const QueryBlock& block, int64_t j0, int64_t n,
+                         const ForwardScratch& s) {
+    const int64_t Dv = a.v.size[3], pairs = (n + 1) / 2;
+    const Rows<const bfloat16> rows = key_rows<const bfloat16>(a.v, block.sequence, block.kv_head, j0);
+    uint32_t* values = reinterpret_cast<uint32_t*>(s.values);  // [key / 2][Dv]
+    for (int64_t p = 0; p < pairs; ++p) {
+      const bfloat16* first = rows.data + 2 * p * rows.row_stride;
+      const bfloat16* second = first + rows.row_stride;
+      uint32_t* to = values + p * s.padded_Dv;
+      if (rows.col_stride == 1 && 2 * p + 1 < n) {
+        interleave(first, second, Dv, to);
+        continue;
+      }
+      for (int64_t d = 0; d < Dv; ++d) {
+        const uint32_t high = 2 * p + 1 < n ? second[d * rows.col_stride].bits : 0u;
+        to[d] = first[d * rows.col_stride].bits | high << 16;
+      }
+      // The weights of the key that is not there.
+      if (2 * p + 1 == n)
+        for (int64_t lane = 0; lane < block.width; ++lane) s.scores[n * kQueries + lane] = 0.0f;
+    }
+    // In place: row p is written when rows 2 p and 2 p + 1 have been read.
+    for (int64_t p = 0; p < pairs; ++p)
+      for (int64_t lane = 0; lane < block.width; lane += kLanes) {
+        const float* weights = s.scores + 2 * p * kQueries + lane;
+        store_vec(s.scores + p * kQueries + lane, pair_of(load_vec(weights), load_vec(weights + kQueries)));
+      }
+    const BroadcastPairs transposed{reinterpret_cast<const bfloat16*>(values), 2, 2 * s.padded_Dv};
+    product<Into::kScaleAndAdd>(Dv, block.width, pairs, transposed, s.scores, kQueries, s.out, kQueries, s.alpha);
+  }
+};
+#endif
+
 template <class T>
 static void forward_block(const AttentionArgs& a, const QueryBlock& block, const ForwardScratch& s) {
   const int64_t D = a.q.size[3], Dv = a.v.size[3], width = block.width;
   const bool few = block.count <= kFewQueries;
-  pack_queries<T>(a.q, block, a.scale, few ? s.queries : s.keys, s.padded_D);
-  if (!few) transpose(s.keys, s.padded_D, width, D, s.queries, kQueries);
+  if (few)
+    pack_queries<T>(a.q, block, a.scale, s.queries, s.padded_D);
+  else
+    Products<T>::load_queries(a, block, s);
   for (int64_t i = 0; i < s.padded_Dv * (few ? block.count : kQueries); ++i) s.out[i] = 0.0f;
   for (int64_t lane = 0; lane < width; ++lane) {
     // The sink is a key with score `sink` and value 0.
@@ -185,26 +270,26 @@ static void forward_block(const AttentionArgs& a, const QueryBlock& block, const
     const KeyIds documents(a.key_documents, block.sequence, j0, n), images(a.key_images, block.sequence, j0, n);
     const Cover cover = cover_of(block, j0, n, documents, images);
     if (cover == Cover::kNone) continue;
-    pack<T>(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, D, 1.0f, s.keys, s.padded_D);
-    if (few)
+    if (few) {
+      pack<T>(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, D, 1.0f, s.keys, s.padded_D);
       dot_rows(n, block.count, s.padded_D, s.keys, s.queries, s.scores, kQueries);
-    else
-      product<Into::kSet>(n, width, D, {s.keys, s.padded_D, 1}, s.queries, kQueries, s.scores, kQueries);
+    } else {
+      Products<T>::score(a, block, j0, n, s);
+    }
     finish_scores(block, j0, n, cover, documents, images, s.bias, s.scores, nullptr);
     softmax_step(block, n, s);
     if (a.dropout_p > 0) {
       dropout_tile(block, j0, n, s.dropout);
       multiply_tile(block, n, s.dropout, s.scores);
     }
-    pack<T>(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, Dv, 1.0f, s.values, s.padded_Dv);
     if (few) {
+      pack<T>(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, Dv, 1.0f, s.values, s.padded_Dv);
       for (int64_t lane = 0; lane < block.count; ++lane)
         for (int64_t d = 0; d < s.padded_Dv; ++d) s.out[lane * s.padded_Dv + d] *= s.alpha[lane];
       product<Into::kAdd>(block.count, s.padded_Dv, n, {s.scores, 1, kQueries}, s.values, s.padded_Dv, s.out,
                           s.padded_Dv);
     } else {
-      product<Into::kScaleAndAdd>(Dv, width, n, {s.values, 1, s.padded_Dv}, s.scores, kQueries, s.out, kQueries,
-                                  s.alpha);
+      Products<T>::add_values(a, block, j0, n, s);
     }
   }
   if (!few) transpose(s.out, kQueries, Dv, block.count, s.values, s.padded_Dv);

@@ -46,7 +46,42 @@ static void unpack(const float* from, int64_t width, int64_t rows, int64_t cols,
 struct Broadcast {
   const float* data;
   int64_t row_stride, depth_stride;
+
+  Broadcast rows_from(int64_t r) const { return {data + r * row_stride, row_stride, depth_stride}; }
+  Vec at(int64_t r, int64_t d) const { return broadcast(data[r * row_stride + d * depth_stride]); }
+  static Vec multiply_add(Vec row, Vec column, Vec sum) { return mul_add(row, column, sum); }
 };
+
+#ifdef __AVX512BF16__
+// The same of bf16 elements taken two at a time: pair (r, d) begins at data[r * row_stride + d * depth_stride]. The
+// other operand then holds a pair in each lane, and one instruction does twice the work of an fp32 multiply-add.
+struct BroadcastPairs {
+  const bfloat16* data;
+  int64_t row_stride, depth_stride;
+
+  BroadcastPairs rows_from(int64_t r) const { return {data + r * row_stride, row_stride, depth_stride}; }
+  Vec at(int64_t r, int64_t d) const {
+    float pair;  // only its bits count
+    std::memcpy(&pair, data + r * row_stride + d * depth_stride, sizeof(pair));
+    return reinterpret_cast<Vec>(_mm512_set1_ps(pair));
+  }
+  static Vec multiply_add(Vec row, Vec column, Vec sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(row), reinterpret_cast<__m512bh>(column));
+  }
+};
+
+// to[r * width + c] = the pair (first(r, c), second(r, c)), the first in the low half.
+static void interleave(const bfloat16* first, const bfloat16* second, int64_t cols, uint32_t* to) {
+#pragma omp simd
+  for (int64_t c = 0; c < cols; ++c) to[c] = first[c].bits | static_cast<uint32_t>(second[c].bits) << 16;
+}
+
+// Each lane's two floats as a pair of bf16, rounded to nearest even.
+static inline Vec pair_of(Vec first, Vec second) {
+  const auto half = [](Vec x) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x))); };
+  return reinterpret_cast<Vec>(_mm512_or_si512(half(first), _mm512_slli_epi32(half(second), 16)));
+}
+#endif
 
 // The sum of a vector's lanes, as a tree.
 static inline float sum_of(Vec x) {
@@ -73,13 +108,13 @@ static void dot_rows(int64_t rows, int64_t few, int64_t width, const float* a, c
   }
 }
 
-enum class Into { kSet, kAdd, kScaleAndAdd };
+enum class Into { kSet, kSetScaled, kAdd, kScaleAndAdd };
 
 // One register tile of `product` below. A sum of `depth` products is rounded on its own before it joins what stands in
 // c, which keeps long sums accurate.
-template <Into kInto, int kTileRows, int kTileVectors>
-static inline void product_tile(Broadcast a, const float* b, int64_t b_stride, int64_t depth, float* c,
-                                int64_t c_stride, const float* column_scale) {
+template <Into kInto, int kTileRows, int kTileVectors, class Operand>
+static inline void product_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
+                                const float* column_scale) {
   Vec sum[kTileRows][kTileVectors] = {};
   for (int64_t d = 0; d < depth; ++d) {
     Vec column[kTileVectors];
@@ -87,9 +122,9 @@ static inline void product_tile(Broadcast a, const float* b, int64_t b_stride, i
     for (int v = 0; v < kTileVectors; ++v) column[v] = load_vec(b + d * b_stride + v * kLanes);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      const Vec row = broadcast(a.data[r * a.row_stride + d * a.depth_stride]);
+      const Vec row = a.at(r, d);
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = mul_add(row, column[v], sum[r][v]);
+      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Operand::multiply_add(row, column[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 8
@@ -98,6 +133,7 @@ static inline void product_tile(Broadcast a, const float* b, int64_t b_stride, i
     for (int v = 0; v < kTileVectors; ++v) {
       float* to = c + r * c_stride + v * kLanes;
       Vec value = sum[r][v];
+      if (kInto == Into::kSetScaled) value = value * load_vec(column_scale + v * kLanes);
       if (kInto == Into::kAdd) value = load_vec(to) + value;
       if (kInto == Into::kScaleAndAdd) value = mul_add(load_vec(to), load_vec(column_scale + v * kLanes), value);
       store_vec(to, value);
@@ -115,26 +151,26 @@ constexpr int kProductVectors = 2;
 #endif
 
 // c (rows, cols) = or += a (rows, depth) b (depth, cols), b and c with contiguous columns, cols a multiple of kLanes.
-// kScaleAndAdd: c is multiplied by column_scale (cols) before the product is added.
-template <Into kInto>
-static void product(int64_t rows, int64_t cols, int64_t depth, Broadcast a, const float* b, int64_t b_stride, float* c,
+// kSetScaled: the product is multiplied by column_scale (cols); kScaleAndAdd: c is, before the product is added.
+template <Into kInto, class Operand = Broadcast>
+static void product(int64_t rows, int64_t cols, int64_t depth, Operand a, const float* b, int64_t b_stride, float* c,
                     int64_t c_stride, const float* column_scale = nullptr) {
   constexpr int kWide = kProductVectors * kLanes;
   for (int64_t x = 0; x < cols;) {
     const bool wide = x + kWide <= cols;
-    const float* scale = kInto == Into::kScaleAndAdd ? column_scale + x : nullptr;
+    const float* scale = column_scale == nullptr ? nullptr : column_scale + x;
     int64_t r = 0;
-    const auto rest = [&](int64_t row) { return Broadcast{a.data + row * a.row_stride, a.row_stride, a.depth_stride}; };
     const auto to = [&](int64_t row) { return c + row * c_stride + x; };
     if (wide) {
       for (; r + kProductRows <= rows; r += kProductRows)
-        product_tile<kInto, kProductRows, kProductVectors>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
+        product_tile<kInto, kProductRows, kProductVectors>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride,
+                                                           scale);
       for (; r < rows; ++r)
-        product_tile<kInto, 1, kProductVectors>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
+        product_tile<kInto, 1, kProductVectors>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride, scale);
     } else {
       for (; r + 2 * kProductRows <= rows; r += 2 * kProductRows)
-        product_tile<kInto, 2 * kProductRows, 1>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
-      for (; r < rows; ++r) product_tile<kInto, 1, 1>(rest(r), b + x, b_stride, depth, to(r), c_stride, scale);
+        product_tile<kInto, 2 * kProductRows, 1>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride, scale);
+      for (; r < rows; ++r) product_tile<kInto, 1, 1>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride, scale);
     }
     x += wide ? kWide : kLanes;
   }
