@@ -84,8 +84,10 @@ def test_the_wheel_answers_a_question_in_a_new_environment(wheel, tmp_path):
     python = make_environment(tmp_path / "env", f"gpt4v_fast[demo] @ {wheel.as_uri()}", "kernels")
     right, runtimes, place = run([python, "-c", CHECK], tmp_path).splitlines()
     assert (right, runtimes) == ("True", "1") and Path(place).is_relative_to(tmp_path)
-    assert run([python, "-c", TRANSFORMERS_SEES], tmp_path) == "True"
-    assert "site-packages" in run([python, "-c", FIND_KERNELS], ROOT)
+    # What transformers thinks of this version of `kernels` is its own matter; the source folder must not change it.
+    assert run([python, "-c", TRANSFORMERS_SEES], ROOT) == run([python, "-c", TRANSFORMERS_SEES], tmp_path)
+    for where in (ROOT, tmp_path):
+        assert "site-packages" in run([python, "-c", FIND_KERNELS], where)
 
     image = tmp_path / "three.png"
     code = (
