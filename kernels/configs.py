@@ -1,7 +1,8 @@
 """Every launch table of the Triton kernels: plain data, no triton, a deterministic answer for any device.
 
 `attention(arch, dtype, head_dim)` and `cross_entropy(arch, dtype, vocabulary)` look an entry up; arch is "sm_90",
-"gfx942" or "interpreter". Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills, at least
+"gfx942" or "interpreter". Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills (but fp32
+heads over 128 on NVIDIA, see below), at least
 8 warps on a multiprocessor, shared memory that the chip has, then the fewest instructions per score in the unmasked
 loop. Times are not measured: no GPU was at hand. tests/gpu_compile holds every entry to it.
 """

@@ -98,7 +98,7 @@ def prepare(
     checks.check_tensor("weight", weight, ndim=2)
     if bias is not None:
         checks.check_tensor("bias", bias)
-    hidden, weight, bias = library.autocast(hidden, weight, bias)  # type: ignore[assignment]
+    hidden, weight, bias = library.autocast(hidden, weight, bias)
     checks.check_like("weight", weight, "hidden", hidden)
     V, E = weight.shape
     if V == 0:

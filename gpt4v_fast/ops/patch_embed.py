@@ -81,7 +81,7 @@ def prepare(
     grid = patch_grid("pixels", tuple(pixels.shape[2:]), tuple(weight.shape[2:]))
     scale, shift = pixel_transform(pixels, pixels.shape[1], mean, std, rescale)
     check_bias(bias, weight)
-    weight, bias = library.autocast(weight, bias)  # type: ignore[assignment]
+    weight, bias = library.autocast(weight, bias)
     if pos_embed is not None:
         pos_embed = check_positions(pos_embed, weight, math.prod(grid))
     if pixels.dim() == 4:
