@@ -465,4 +465,5 @@ _attention_backward_op = library.define_op(
     f"{_OPTIONS}, bool needs_dbias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_backward,
     attention_backward_fake,
+    gradient_of="attention",
 )

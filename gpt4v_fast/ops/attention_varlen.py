@@ -307,4 +307,5 @@ _attention_varlen_backward_op = library.define_op(
     f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_varlen_backward,
     _backward_fake,
+    gradient_of="attention_varlen",
 )

@@ -284,13 +284,6 @@ def _autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused:
     return gradient, *[None] * 5
 
 
-def refuse_double_backward(ctx: Any, *unused: Any) -> None:
-    raise RuntimeError(
-        "gpt4v_fast's losses can be differentiated once: their gradients have no gradients "
-        "(gpt4v_fast.reference has versions that can be differentiated again)"
-    )
-
-
 LOSS_OPTIONS = "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap"
 
 _cross_entropy_op = library.define_op(
@@ -305,5 +298,5 @@ _cross_entropy_backward_op = library.define_op(
     f"Tensor lse_low, {LOSS_OPTIONS}) -> Tensor",
     _cross_entropy_backward,
     lambda grad_nll, grad_lse, logits, *rest: logits.new_empty(logits.shape),
-    backward=refuse_double_backward,
+    gradient_of="cross_entropy",
 )

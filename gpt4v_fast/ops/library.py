@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,23 +19,95 @@ def define_op(
     *,
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    gradient_of: str | None = None,
 ) -> Callable[..., Any]:
     """Registers `gpt4v_fast::<schema>` and returns the callable op.
+
+    Under torch.func's transforms (grad, vjp, jacrev, vmap, ...) what it returns goes through a torch.autograd.Function,
+    because ops of `torch.library.register_autograd` do not serve those; vmap calls the op once per element.
 
     Args:
         schema: the op's name and signature in torch's schema language.
         implementation: runs on real tensors of any device; it asks `backends.pick` which kernel serves the call.
         fake: returns empty outputs of the right shape, dtype and device for meta tensors.
         setup_context, backward: as for `torch.library.register_autograd`; an op without them is not differentiable.
+        gradient_of: this op computes the gradient of the public function of that name, and has none itself:
+            differentiating it is refused by a RuntimeError that says so.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    if backward is not None:
-        torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    op = getattr(getattr(torch.ops, NAMESPACE), name)
+    if gradient_of is not None:
+        return _with_function(name, op, _save_nothing, _refusal(gradient_of), differentiable=False)
+    if backward is None:
+        return op
+    setup_context = setup_context or _save_nothing
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    return _with_function(name, op, setup_context, backward, differentiable=True)
+
+
+def _with_function(
+    name: str, op: Any, setup_context: Callable[..., None], backward: Callable[..., Any], *, differentiable: bool
+) -> Callable[..., Any]:
+    """`op`, or the same op as an autograd.Function: under transforms of torch.func, and, where the op itself is not
+    `differentiable`, for whoever means to differentiate it."""
+
+    def forward(*args: Any) -> Any:
+        return op(*args)
+
+    # torch.compile tells forward(*args) from forward(ctx, *args) by how many parameters it declares.
+    names = [argument.name for argument in op.default._schema.arguments]
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
+    forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def element(i: int) -> list[Any]:
+            return [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
+
+        if info.batch_size == 0:
+            raise ValueError(f"gpt4v_fast.{name}: expected at least one element to map over, got none")
+        results = [as_function.apply(*element(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+        return torch.stack(results), 0
+
+    methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
+    functions = {key: staticmethod(f) for key, f in methods.items()}
+    as_function: Any = type(name, (torch.autograd.Function,), functions)
+
+    def call(*args: Any) -> Any:
+        if not torch._C._are_functorch_transforms_active():
+            if differentiable or not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
+                return op(*args)
+        elif torch.compiler.is_compiling():
+            # torch.compile knows from a tensor's making whether it needs a gradient; torch.func marks its arguments
+            # later, and ctx.needs_input_grad would be False for them. Of a view it knows the truth.
+            args = tuple(x.view_as(x) if isinstance(x, torch.Tensor) else x for x in args)
+        return as_function.apply(*args)
+
+    return call
+
+
+def _needs_gradient(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.requires_grad
+
+
+def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+    pass
+
+
+def _refusal(function: str) -> Callable[..., Any]:
+    def refuse(ctx: Any, *unused: Any) -> Any:
+        raise RuntimeError(
+            f"gpt4v_fast.{function} can be differentiated once: its gradients have no gradients. Leave out "
+            f"create_graph=True (or the second transform of torch.func), or use gpt4v_fast.reference.{function}, which "
+            "can be differentiated any number of times"
+        )
+
+    return refuse
 
 
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:

@@ -23,7 +23,6 @@ from gpt4v_fast.ops.cross_entropy import (
     look_at_labels,
     native_weight,
     reduce_loss,
-    refuse_double_backward,
     row_tensors,
     triton_options,
 )
@@ -260,5 +259,5 @@ _linear_cross_entropy_backward_op = library.define_op(
     "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
     _linear_cross_entropy_backward,
     _linear_cross_entropy_backward_fake,
-    backward=refuse_double_backward,
+    gradient_of="linear_cross_entropy",
 )

@@ -306,4 +306,5 @@ _patch_embed_backward_op = library.define_op(
     "bool needs_weight, bool needs_pixels) -> (Tensor, Tensor)",
     _patch_embed_backward,
     _patch_embed_backward_fake,
+    gradient_of="patch_embed",
 )
