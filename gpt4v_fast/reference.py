@@ -90,7 +90,7 @@ def attention_core(
 
     scores = (q @ k.transpose(-1, -2)) * scale  # (B, H, S, T)
     if softcap:
-        scores = softcap * torch.tanh(scores / softcap)
+        scores = cap(scores, softcap)
     if bias is not None and bias.dtype != torch.bool:
         scores = scores + bias.to(scores.dtype)
     if alibi_slopes is not None:
@@ -117,6 +117,17 @@ def attention_core(
         probabilities = probabilities * keep / (1.0 - dropout_p)
     out = probabilities @ v
     return (out, lse) if return_lse else out
+
+
+def cap(x: torch.Tensor, softcap: float) -> torch.Tensor:
+    """softcap * tanh(x / softcap), with a derivative that is right to the last digits for every x.
+
+    Where tanh rounds to 1, autograd's 1 - tanh^2 is 0, in fp64 from |x| = 19 softcap on; but 1 - tanh(y) is
+    2 e / (1 + e) with e = exp(-2 y), whose derivative has nothing that cancels.
+    """
+    y = x / softcap
+    e = torch.exp(-2.0 * y.abs())
+    return softcap * torch.where(y.abs() < 0.5, torch.tanh(y), torch.sign(y) * (1.0 - 2.0 * e / (1.0 + e)))
 
 
 def attention_varlen(
@@ -415,7 +426,7 @@ def cross_entropy(
     else:
         penalty = penalty.sum() if reduction == "sum" else penalty.sum() / counted.sum()
         loss = penalty + torch.nn.functional.cross_entropy(
-            softcap * torch.tanh(rows / softcap) if softcap else rows,
+            cap(rows, softcap) if softcap else rows,
             labels,
             None if weight is None else weight.to(rows.dtype),
             ignore_index=ignore_index,
@@ -440,7 +451,7 @@ def cross_entropy_core(
     """(nll, lse, argmax) of each row of logits (N, V): 0, 0, -1 where ignored; NaN, NaN, -1 where bad."""
     counted = target != ignore_index
     bad = counted & ((target < 0) | (target >= logits.shape[1]))
-    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    z = cap(logits, softcap) if softcap else logits
     nll = torch.nn.functional.cross_entropy(
         z,
         torch.where(counted & ~bad, target, -1),
@@ -463,20 +474,26 @@ def cross_entropy_core_backward(
     ignore_index: int,
     label_smoothing: float,
     softcap: float | None,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of the logits for those of `cross_entropy_core`'s nll and lse; formula in csrc/kernels/loss.h."""
+    """The gradient of the logits for those of `cross_entropy_core`'s nll and lse; formula in csrc/kernels/loss.h.
+
+    lse (N,) is that of more classes than these, where these are a shard of the vocabulary.
+    """
     V = logits.shape[1]
     counted = (target != ignore_index)[:, None]
     bad = counted & ((target < 0) | (target >= V))[:, None]
     label = torch.where(counted & ~bad, target[:, None], 0)  # (N, 1)
-    t = torch.tanh(logits / softcap) if softcap else None
-    z = logits if t is None else t * (softcap or 1.0)
+    z = cap(logits, softcap) if softcap else logits
     weights = logits.new_ones(V) if class_weight is None else class_weight.to(logits.dtype)
     of_label = grad_nll[:, None] * (1.0 - label_smoothing) * weights[label]
     of_all = grad_nll[:, None] * (label_smoothing / V)
-    gradient = (of_label + of_all * weights.sum() + grad_lse[:, None]) * torch.softmax(z, dim=1) - of_all * weights
+    p = torch.softmax(z, dim=1) if lse is None else torch.exp(z - lse[:, None]).to(z.dtype)
+    gradient = (of_label + of_all * weights.sum() + grad_lse[:, None]) * p - of_all * weights
     gradient = gradient.scatter_add(1, label, -of_label)
-    gradient = gradient if t is None else gradient * (1.0 - t * t)
+    if softcap:
+        e = torch.exp(-2.0 * (logits / softcap).abs())
+        gradient = gradient * (4.0 * e / (1.0 + e).square())  # 1 - tanh^2, see cap
     return torch.where(counted, gradient, 0.0).masked_fill(bad, math.nan)
 
 

@@ -3,6 +3,7 @@
 user -> cross_entropy -> gpt4v_fast::cross_entropy -> _C.cross_entropy_forward (csrc/kernels/cross_entropy.h)
                                                    or kernels/cross_entropy.py (Triton)
                                                    or reference.cross_entropy_core
+With process_group: gpt4v_fast::sharded_cross_entropy, which runs the same on a shard (ops/vocab_parallel.py).
 
 The ops give nll and lse of each row; reductions, means and z_loss are small torch operations on those.
 """
@@ -10,14 +11,18 @@ The ops give nll and lse of each row; reductions, means and z_loss are small tor
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast._native import _C, threads, view
-from gpt4v_fast.ops import checks, labels, library
+from gpt4v_fast.ops import checks, labels, library, vocab_parallel
 from gpt4v_fast.reference import LossStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -42,6 +47,8 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_sizes: Sequence[int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
     """Softmax cross-entropy over the last dimension, with the numbers of F.cross_entropy of the fp32 logits.
 
@@ -63,6 +70,11 @@ def cross_entropy(
         z_loss: factor of lse^2 (PaLM, Chowdhery et al. 2022).
         softcap: c above (Gemma 2), or None.
         return_stats: also return LossStats(lse, argmax, correct, z_loss); lse is differentiable.
+        process_group: the processes that share the vocabulary (tensor parallelism): logits and weight are this
+            process's columns of V, in the order of the ranks; labels are of the whole vocabulary and the same on every
+            process, and so is the result, to the bit. Two all-reduces of a few numbers per token; none backward.
+            Logits that are a DTensor sharded along V bring group and sizes with them.
+        vocab_sizes: how many classes each rank holds; None: all as many as this one.
 
     Returns:
         The loss, fp32: a scalar, or (...) for "none". With return_stats (loss, stats).
@@ -72,13 +84,23 @@ def cross_entropy(
         IndexError: a label outside [0, V) that is not ignore_index, with its place; on a GPU the loss and the
             gradients of that row are NaN instead, and `check_labels` raises.
         FallbackError: in strict mode, when no fast kernel takes the call.
+        With process_group a bad label raises on every process, and so do labels, options or sizes that differ between
+        them (on a GPU: losses are NaN). A bad argument of another kind on one process alone leaves the others waiting.
 
     Source: Milakov and Gimelshein (2018) for the online softmax; PyTorch's F.cross_entropy for the arguments.
     """
-    arguments = prepare(logits, target, weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
-    options = LossOptions(*arguments[2:])
-    nll, lse, argmax, _ = _cross_entropy_op(*arguments)
-    return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats)
+    if vocab_parallel.is_dtensor(logits):
+        parts = vocab_parallel.local_parts("logits", logits, -1, process_group, vocab_sizes)
+        logits, process_group, vocab_sizes = parts
+        target, weight = vocab_parallel.whole(target), vocab_parallel.to_local(weight)
+    numbers = (ignore_index, reduction, label_smoothing, z_loss, softcap)
+    arguments = prepare(logits, target, weight, *numbers, return_stats, process_group, vocab_sizes)
+    options = LossOptions(*arguments[2:6])
+    if len(arguments) == 6:
+        nll, lse, argmax, _ = _cross_entropy_op(*arguments)
+        return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats)
+    nll, lse, argmax, _, label_weight, _ = _sharded_cross_entropy_op(*arguments)
+    return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats, label_weight)
 
 
 def prepare(
@@ -91,15 +113,19 @@ def prepare(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_sizes: Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
-    """Checks `cross_entropy`'s arguments and returns those of the torch op."""
+    """Checks `cross_entropy`'s arguments and returns those of the torch op (the sharded one with a process group)."""
     checks.check_tensor("logits", logits)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
+    if logits.dim() == 0 or (logits.shape[-1] == 0 and process_group is None):
         raise ValueError(f"logits: expected shape (..., V) with V at least 1, got {tuple(logits.shape)}")
     V = logits.shape[-1]
     labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
     options = check_options("weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap)
-    return logits.reshape(target.numel(), V), target, *options
+    shards = vocab_parallel.find_shards("logits", V, process_group, vocab_sizes)
+    further = () if shards is None else (*shards, return_stats)
+    return logits.reshape(target.numel(), V), target, *options, *further
 
 
 def check_options(
@@ -141,8 +167,10 @@ def reduce_loss(
     reduction: str,
     z_loss: float,
     return_stats: bool,
+    label_weight: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
     """The loss, and its statistics if asked, from the rows' nll and lse; target has the shape of the tokens.
+    label_weight is the labels' class weights where options.class_weight is a shard.
 
     Sums are taken in fp64: their order, which torch lets depend on the number of threads, is then lost in
     rounding.
@@ -157,7 +185,9 @@ def reduce_loss(
     if reduction == "mean":
         tokens = counted.sum()
         weight = options.class_weight
-        loss = loss / (tokens if weight is None else _total_weight(target, counted, weight))
+        if weight is not None and label_weight is None:
+            label_weight = _label_weight(target, counted, weight)
+        loss = loss / (tokens if weight is None or label_weight is None else label_weight.sum(dtype=torch.float64))
         penalty = None if penalty is None else penalty / tokens
     loss = (loss if penalty is None else loss + penalty).to(torch.float32)
     if not return_stats:
@@ -167,11 +197,10 @@ def reduce_loss(
     return loss, LossStats(lse.reshape(target.shape), argmax, counted & (argmax == target), part.detach())
 
 
-def _total_weight(target: torch.Tensor, counted: torch.Tensor, class_weight: torch.Tensor) -> torch.Tensor:
+def _label_weight(target: torch.Tensor, counted: torch.Tensor, class_weight: torch.Tensor) -> torch.Tensor:
     V = class_weight.shape[0]
     inside = torch.where(counted & (target >= 0) & (target < V), target, 0).reshape(-1).to(torch.int64)
-    weights = class_weight.to(torch.float32)[inside]
-    return torch.where(counted.reshape(-1), weights, 0.0).sum(dtype=torch.float64)
+    return torch.where(counted.reshape(-1), class_weight.to(torch.float32)[inside], 0.0)
 
 
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
@@ -246,7 +275,9 @@ def _cross_entropy_backward(
     lse: torch.Tensor,
     lse_low: torch.Tensor,
     *rest: Any,
+    shard: bool = False,
 ) -> torch.Tensor:
+    """`shard`: lse is that of the whole vocabulary, and logits are some columns of it."""
     options = LossOptions(*rest)
     backend = backends.pick(describe("cross_entropy", logits)).backend
     rows = target.reshape(-1).to(torch.int64)
@@ -260,7 +291,8 @@ def _cross_entropy_backward(
         from gpt4v_fast.kernels import cross_entropy as kernel
 
         return kernel.cross_entropy_backward(grad_nll, grad_lse, logits, rows, lse, **triton_options(options))
-    gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits.float(), rows, *options)
+    exact_lse = lse.double() + lse_low if shard else None
+    gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits.float(), rows, *options, exact_lse)
     return gradient.to(logits.dtype)
 
 
@@ -297,6 +329,80 @@ _cross_entropy_backward_op = library.define_op(
     "cross_entropy_backward(Tensor grad_nll, Tensor grad_lse, Tensor logits, Tensor target, Tensor lse, "
     f"Tensor lse_low, {LOSS_OPTIONS}) -> Tensor",
     _cross_entropy_backward,
+    lambda grad_nll, grad_lse, logits, *rest: logits.new_empty(logits.shape),
+    gradient_of="cross_entropy",
+)
+
+
+def _sharded_cross_entropy(logits: torch.Tensor, target: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    *loss_options, sizes, rank, group, with_argmax = rest
+
+    def local(rows: torch.Tensor, *options: Any) -> tuple[torch.Tensor, ...]:
+        return _cross_entropy(logits, rows, *options)
+
+    def logit_at(columns: torch.Tensor) -> torch.Tensor:
+        return logits.gather(1, columns[:, None])[:, 0].float()
+
+    shards = vocab_parallel.Shards(tuple(sizes), rank, group)
+    options = LossOptions(*loss_options)
+    what = ("cross_entropy",)
+    return vocab_parallel.forward(local, logit_at if with_argmax else None, target, options, shards, what)
+
+
+def _sharded_cross_entropy_backward(
+    grad_nll: torch.Tensor,
+    grad_lse: torch.Tensor,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    lse_low: torch.Tensor,
+    label_weight: torch.Tensor,
+    weight_sum: torch.Tensor,
+    *rest: Any,
+) -> torch.Tensor:
+    *loss_options, sizes, rank, group, _ = rest
+    options, shards = LossOptions(*loss_options), vocab_parallel.Shards(tuple(sizes), rank, group)
+    gradients = [
+        _cross_entropy_backward(*slopes, logits, rows, lse, lse_low, *its_options, shard=True)
+        for slopes, rows, its_options in vocab_parallel.backward_calls(
+            grad_nll, grad_lse, target, label_weight, weight_sum, options, shards
+        )
+    ]
+    return vocab_parallel.add_up(gradients, logits)
+
+
+def _setup_sharded_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    logits, target, class_weight, *scalars = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(logits, target, output[1], *output[3:], class_weight)
+    ctx.scalars = scalars
+
+
+def _sharded_autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    gradient = _sharded_cross_entropy_backward_op(grad_nll, grad_lse, *ctx.saved_tensors, *ctx.scalars)
+    return gradient, *[None] * 9
+
+
+def sharded_row_tensors(rows: int, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Empty outputs of the sharded ops."""
+    label_weight, weight_sum = like.new_empty(rows, dtype=torch.float32), like.new_empty((), dtype=torch.float64)
+    return *row_tensors(rows, like), label_weight, weight_sum
+
+
+SHARDS = "SymInt[] sizes, int rank, str group"
+
+_sharded_cross_entropy_op = library.define_op(
+    f"sharded_cross_entropy(Tensor logits, Tensor target, {LOSS_OPTIONS}, {SHARDS}, bool with_argmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _sharded_cross_entropy,
+    lambda logits, *rest: sharded_row_tensors(logits.shape[0], logits),
+    setup_context=_setup_sharded_context,
+    backward=_sharded_autograd,
+)
+_sharded_cross_entropy_backward_op = library.define_op(
+    "sharded_cross_entropy_backward(Tensor grad_nll, Tensor grad_lse, Tensor logits, Tensor target, Tensor lse, "
+    f"Tensor lse_low, Tensor label_weight, Tensor weight_sum, {LOSS_OPTIONS}, {SHARDS}, bool with_argmax) -> Tensor",
+    _sharded_cross_entropy_backward,
     lambda grad_nll, grad_lse, logits, *rest: logits.new_empty(logits.shape),
     gradient_of="cross_entropy",
 )

@@ -4,19 +4,22 @@ user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
                                     -> _C.linear_cross_entropy_forward (csrc/kernels/linear_cross_entropy.h)
                                     or kernels/linear_cross_entropy.py (chunks of torch products and Triton)
                                     or reference.cross_entropy_core
+With process_group: gpt4v_fast::sharded_linear_cross_entropy, which runs the same on a shard (ops/vocab_parallel.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast._native import _C, threads, view
-from gpt4v_fast.ops import checks, labels, library
+from gpt4v_fast.ops import checks, labels, library, vocab_parallel
 from gpt4v_fast.ops.cross_entropy import (
     LOSS_OPTIONS,
+    SHARDS,
     LossOptions,
     check_options,
     describe,
@@ -24,9 +27,13 @@ from gpt4v_fast.ops.cross_entropy import (
     native_weight,
     reduce_loss,
     row_tensors,
+    sharded_row_tensors,
     triton_options,
 )
 from gpt4v_fast.reference import LossStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def linear_cross_entropy(
@@ -43,6 +50,9 @@ def linear_cross_entropy(
     softcap: float | None = None,
     shift: int = 0,
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_sizes: Sequence[int] | None = None,
+    reduce_grad_hidden: bool = True,
 ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
     """`cross_entropy` of the logits hidden @ weight^T + bias, which are never written whole.
 
@@ -60,22 +70,39 @@ def linear_cross_entropy(
             hidden; the last `shift` positions do not count. 1 is a language model's loss.
         ignore_index, reduction, label_smoothing, z_loss, softcap, return_stats: as for `cross_entropy`;
             position t of the "none" loss and of the statistics is about the prediction that is made there.
+        process_group, vocab_sizes: as for `cross_entropy`: weight, bias and class_weight are this process's rows of
+            the vocabulary, hidden and target are the same on every process. A weight that is a DTensor of Shard(0)
+            brings both with it; then hidden may be a DTensor of its mesh too, of any placement.
+        reduce_grad_hidden: all-reduce the gradient of hidden over process_group (in fp32), so that every process has
+            the whole of it, as behind Megatron's copy to the tensor-parallel region. False leaves each process its
+            partial sum, for callers that add them up themselves (sequence parallelism: one reduce-scatter).
 
     Returns:
         The loss, fp32: a scalar, or target's shape for "none". With return_stats (loss, stats). Gradients
-        reach hidden, weight and bias.
+        reach hidden, weight and bias. With process_group each process has the same loss, and gradients of its rows.
 
     Raises:
         TypeError, ValueError, IndexError, FallbackError: as `cross_entropy`.
 
     Source: Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models" (2024).
     """
+    if vocab_parallel.is_dtensor(weight):
+        hidden, reduce_grad_hidden = vocab_parallel.replicated(hidden, weight, reduce_grad_hidden)
+        parts = vocab_parallel.local_parts("weight", weight, 0, process_group, vocab_sizes)
+        weight, process_group, vocab_sizes = parts
+        bias, class_weight = (vocab_parallel.to_local(x) for x in (bias, class_weight))
+        target = vocab_parallel.whole(target)
     numbers = (ignore_index, reduction, label_smoothing, z_loss, softcap, shift)
-    arguments = prepare(hidden, weight, target, bias, class_weight, *numbers)
+    further = (return_stats, process_group, vocab_sizes, reduce_grad_hidden)
+    arguments = prepare(hidden, weight, target, bias, class_weight, *numbers, *further)
     options = LossOptions(*arguments[4:8])
-    nll, lse, argmax, _ = _linear_cross_entropy_op(*arguments)
+    label_weight = None
+    if len(arguments) == 9:
+        nll, lse, argmax, _ = _linear_cross_entropy_op(*arguments)
+    else:
+        nll, lse, argmax, _, label_weight, _ = _sharded_linear_cross_entropy_op(*arguments)
     target = labels.shifted(target, shift, ignore_index)
-    return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats)
+    return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats, label_weight)
 
 
 def prepare(
@@ -91,8 +118,11 @@ def prepare(
     softcap: float | None = None,
     shift: int = 0,
     return_stats: bool = False,
+    process_group: ProcessGroup | None = None,
+    vocab_sizes: Sequence[int] | None = None,
+    reduce_grad_hidden: bool = True,
 ) -> tuple[Any, ...]:
-    """Checks `linear_cross_entropy`'s arguments and returns those of the torch op."""
+    """Checks `linear_cross_entropy`'s arguments and returns those of the torch op (the sharded one with a group)."""
     checks.check_tensor("hidden", hidden)
     checks.check_tensor("weight", weight, ndim=2)
     if bias is not None:
@@ -100,7 +130,7 @@ def prepare(
     hidden, weight, bias = library.autocast(hidden, weight, bias)
     checks.check_like("weight", weight, "hidden", hidden)
     V, E = weight.shape
-    if V == 0:
+    if V == 0 and process_group is None:
         raise ValueError(f"weight: expected shape (V, E) with V at least 1, got {tuple(weight.shape)}")
     if hidden.dim() == 0 or hidden.shape[-1] != E:
         raise ValueError(f"hidden: expected shape (..., E) with weight's E = {E}, got {tuple(hidden.shape)}")
@@ -115,7 +145,9 @@ def prepare(
         raise TypeError(f"shift: expected an int, got {type(shift).__name__}")
     if shift < 0 or (shift > 0 and target.dim() == 0):
         raise ValueError(f"shift: expected 0 or more, and 0 for a single token, got {shift}")
-    return hidden.reshape(target.numel(), E), weight, bias, target, *options, shift
+    shards = vocab_parallel.find_shards("weight", V, process_group, vocab_sizes)
+    further = () if shards is None else (*shards, return_stats, reduce_grad_hidden)
+    return hidden.reshape(target.numel(), E), weight, bias, target, *options, shift, *further
 
 
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
@@ -166,7 +198,9 @@ def _linear_cross_entropy_backward(
     lse: torch.Tensor,
     lse_low: torch.Tensor,
     *rest: Any,
+    shard: bool = False,
 ) -> tuple[torch.Tensor, ...]:
+    """`shard`: lse is that of the whole vocabulary, and weight and bias are some rows of it."""
     *loss_options, shift, of_hidden, of_weight, of_bias = rest
     options = LossOptions(*loss_options)
     backend = backends.pick(describe("linear_cross_entropy", hidden)).backend
@@ -193,7 +227,8 @@ def _linear_cross_entropy_backward(
         )  # fmt: skip
     else:
         logits = _logits(hidden, weight, bias)
-        gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits, rows, *options)
+        exact_lse = lse.double() + lse_low if shard else None
+        gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits, rows, *options, exact_lse)
         grad_hidden = gradient @ weight.float() if of_hidden else None
         grad_weight = gradient.t() @ hidden.float() if of_weight else None
         grad_bias = gradient.sum(dim=0) if of_bias else None
@@ -258,6 +293,96 @@ _linear_cross_entropy_backward_op = library.define_op(
     f"Tensor? bias, Tensor target, Tensor lse, Tensor lse_low, {LOSS_OPTIONS}, int shift, bool of_hidden, "
     "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
     _linear_cross_entropy_backward,
+    _linear_cross_entropy_backward_fake,
+    gradient_of="linear_cross_entropy",
+)
+
+
+def _sharded_linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, ...]:
+    *loss_options, shift, sizes, rank, group, with_argmax, _ = rest
+
+    def local(rows: torch.Tensor, *options: Any) -> tuple[torch.Tensor, ...]:
+        return _linear_cross_entropy(hidden, weight, bias, rows, *options, 0)
+
+    def logit_at(columns: torch.Tensor) -> torch.Tensor:
+        # A few rows at a time: both factors become fp32.
+        products = [
+            (h.float() * weight[c].float()).sum(dim=1) + (0.0 if bias is None else bias[c].float())
+            for h, c in zip(hidden.split(256), columns.split(256), strict=True)
+        ]
+        return torch.cat(products)
+
+    options, shards = LossOptions(*loss_options), vocab_parallel.Shards(tuple(sizes), rank, group)
+    target = labels.shifted(target, shift, options.ignore_index)
+    what = ("linear_cross_entropy", hidden.dtype, hidden.shape[1])
+    return vocab_parallel.forward(local, logit_at if with_argmax else None, target, options, shards, what, shift)
+
+
+def _sharded_linear_cross_entropy_backward(
+    grad_nll: torch.Tensor,
+    grad_lse: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    lse_low: torch.Tensor,
+    label_weight: torch.Tensor,
+    weight_sum: torch.Tensor,
+    *rest: Any,
+) -> tuple[torch.Tensor, ...]:
+    *loss_options, shift, sizes, rank, group, _, reduce_grad_hidden, of_hidden, of_weight, of_bias = rest
+    options, shards = LossOptions(*loss_options), vocab_parallel.Shards(tuple(sizes), rank, group)
+    target = labels.shifted(target, shift, options.ignore_index)
+    wanted = (of_hidden, of_weight, of_bias)
+    gradients = [
+        _linear_cross_entropy_backward(
+            *slopes, hidden, weight, bias, rows, lse, lse_low, *its_options, 0, *wanted, shard=True
+        )
+        for slopes, rows, its_options in vocab_parallel.backward_calls(
+            grad_nll, grad_lse, target, label_weight, weight_sum, options, shards
+        )
+    ]
+    inputs = zip((hidden, weight, bias), wanted, strict=True)
+    grad_hidden, grad_weight, grad_bias = (
+        vocab_parallel.add_up([each[i] for each in gradients], x) if want and x is not None else hidden.new_empty(0)
+        for i, (x, want) in enumerate(inputs)
+    )
+    if of_hidden and reduce_grad_hidden:
+        grad_hidden = vocab_parallel.all_reduce_sum(grad_hidden, shards)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _setup_sharded_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    hidden, weight, bias, target, class_weight, *scalars = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(hidden, weight, bias, target, output[1], *output[3:], class_weight)
+    ctx.scalars = scalars
+
+
+def _sharded_autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+    wanted = tuple(ctx.needs_input_grad[:3])
+    gradients = _sharded_linear_cross_entropy_backward_op(grad_nll, grad_lse, *ctx.saved_tensors, *ctx.scalars, *wanted)
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 11
+
+
+_sharded_linear_cross_entropy_op = library.define_op(
+    f"sharded_linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {LOSS_OPTIONS}, "
+    f"int shift, {SHARDS}, bool with_argmax, bool reduce_grad_hidden) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _sharded_linear_cross_entropy,
+    lambda hidden, *rest: sharded_row_tensors(hidden.shape[0], hidden),
+    setup_context=_setup_sharded_context,
+    backward=_sharded_autograd,
+)
+_sharded_linear_cross_entropy_backward_op = library.define_op(
+    "sharded_linear_cross_entropy_backward(Tensor grad_nll, Tensor grad_lse, Tensor hidden, Tensor weight, "
+    "Tensor? bias, Tensor target, Tensor lse, Tensor lse_low, Tensor label_weight, Tensor weight_sum, "
+    f"{LOSS_OPTIONS}, int shift, {SHARDS}, bool with_argmax, bool reduce_grad_hidden, bool of_hidden, "
+    "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
+    _sharded_linear_cross_entropy_backward,
     _linear_cross_entropy_backward_fake,
     gradient_of="linear_cross_entropy",
 )
