@@ -216,6 +216,19 @@ def test_minus_infinity_and_nan(ranks):
     assert all(result[0] == math.inf for result in dead)
 
 
+@pytest.mark.parametrize("sizes", [(1, 2), (1, 2, 3, 1)], ids=str)
+def test_equal_logits_far_from_zero_share_the_probability(sizes):
+    """At 1e4 an fp32 lse is off by up to 5e-4, that of a shard too; the probabilities must not be."""
+    V = sum(sizes)
+    logits, target = {"logits": torch.full((1, V), 1e4)}, torch.tensor([0])
+    results = results_of(len(sizes), cases.forward, "cross_entropy", logits, sizes, None, target, {})
+    torch.testing.assert_close(results[0][0], torch.tensor(math.log(V)), rtol=1e-6, atol=0)
+    gradients = results_of(len(sizes), cases.backward, [torch.ones(()), torch.zeros(1)])
+    want = torch.full((1, V), 1 / V)
+    want[0, 0] -= 1
+    torch.testing.assert_close(torch.cat([x["logits"] for x in gradients], dim=1), want, rtol=1e-6, atol=0)
+
+
 @both_sizes
 def test_nothing_counted(ranks):
     tensors = {"hidden": torch.randn(5, 8), "weight": torch.randn(16, 8)}
