@@ -74,9 +74,6 @@ class LinearCase:
     z_loss: float = 0.0
     softcap: float | None = None
     reduction: str = "none"
-    # None: closeness.py's. A unit in the last place of a logit of 16 is 16 of its probability, so 16 + |logit| is fair
-    # where probabilities are small and alone in their row of the weight's gradient.
-    floor_ulps: float | None = None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(0)

@@ -54,7 +54,8 @@ CASES = [
     Case("peaked-bf16", 20, 1000, 64, BF16, planted=True, spread=1.0),
     Case("flat", 20, 1000, 16, spread=0.0, label_smoothing=0.1),
     Case("plus-minus-1e4", 20, 1000, 16, spread=1e4, bias=FP32),
-    Case("capped-100", 20, 1000, 16, spread=100.0, softcap=30.0, floor_ulps=46.0),
+    Case("capped-100", 20, 1000, 16, spread=100.0, softcap=30.0),
+    Case("capped-1e4", 20, 1000, 16, spread=1e4, softcap=30.0),
 ]
 # Larger than one chunk of tokens, classes or depth, or of fp32 sums of grad_hidden (linear_cross_entropy_backward.h).
 LARGE = [
@@ -91,7 +92,6 @@ def check(case: Case) -> None:
         tensors,
         gradients=tuple(tensors),
         native=run(native),
-        floor_ulps=case.floor_ulps,
         output_names=("loss", "lse", "z_loss"),
     )
 
@@ -131,8 +131,7 @@ def test_the_oracle_serves_every_argument_too():
     reduction=st.sampled_from(["sum", "none"]),
 )
 def test_any_arguments(**arguments):
-    floor_ulps = 16 + 4 * arguments["spread"] if arguments["dtype"] == FP32 else None
-    check(Case("drawn", floor_ulps=floor_ulps, **arguments))
+    check(Case("drawn", **arguments))
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3, 9])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closeness import assert_close
+from closeness import Spreads, assert_close
 from loss_cases import class_weights, interpreted_bad_labels, interpreted_linear_cross_entropy, make_labels
+from random_rounding import BITS, RandomRounding
 from triton_interpreter import call
 
 from gpt4v_fast import reference
@@ -24,18 +25,19 @@ def test_outputs_and_gradients(chunk_bytes, everything, dtype):
         tensors["bias"] = torch.randn(90)
         options |= {"class_weight": class_weights(90), "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0}
     loss, lse, gradients = call(interpreted_linear_cross_entropy, tensors, target, chunk_bytes, options)
-    results = []
-    for precision in (torch.float64, torch.float32):
+
+    def in_torch(precision: torch.dtype, mode: RandomRounding | None = None) -> list[torch.Tensor]:
         leaves = {name: x.to(precision).requires_grad_() for name, x in tensors.items()}
         want, stats = reference.linear_cross_entropy(target=target, **leaves, return_stats=True, **options)
-        results.append((want, stats.lse, *torch.autograd.grad(want.sum(), list(leaves.values()))))
-    exact, native = results
-    assert_close(loss, exact[0], native[0], name="loss")
-    assert_close(lse, exact[1], native[1], name="lse")
-    for name, got, want, plain in zip(tensors, gradients, exact[2:], native[2:], strict=True):
-        # The gradient of the logits is rounded to 16 bits before its products, as in PyTorch.
-        ulps = None if dtype == torch.float32 else 2.0
-        assert_close(got, want, plain, name=f"gradient of {name}", floor_ulps=None if name == "bias" else ulps)
+        if mode is not None:
+            mode.backward()
+        return [want, stats.lse, *torch.autograd.grad(want.sum(), list(leaves.values()))]
+
+    exact, native = in_torch(torch.float64), in_torch(torch.float32)
+    # The gradient of the logits is rounded to 16 bits before its products, as in PyTorch.
+    spreads = Spreads(lambda mode: in_torch(torch.float64, mode), exact, backward_operands=BITS[dtype])
+    for i, (name, got) in enumerate(zip(("loss", "lse", *tensors), (loss, lse, *gradients), strict=True)):
+        assert_close(got, exact[i], native[i], name=name, spread=spreads.of(i))
 
 
 def test_bad_labels_are_nan_and_remembered():
