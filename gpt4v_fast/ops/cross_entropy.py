@@ -95,7 +95,7 @@ def cross_entropy(
         target, weight = vocab_parallel.whole(target), vocab_parallel.to_local(weight)
     numbers = (ignore_index, reduction, label_smoothing, z_loss, softcap)
     arguments = prepare(logits, target, weight, *numbers, return_stats, process_group, vocab_sizes)
-    options = LossOptions(*arguments[2:6])
+    target, options = arguments[1], LossOptions(*arguments[2:6])
     if len(arguments) == 6:
         nll, lse, argmax, _ = _cross_entropy_op(*arguments)
         return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats)
@@ -121,7 +121,7 @@ def prepare(
     if logits.dim() == 0 or (logits.shape[-1] == 0 and process_group is None):
         raise ValueError(f"logits: expected shape (..., V) with V at least 1, got {tuple(logits.shape)}")
     V = logits.shape[-1]
-    labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
+    target = labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
     options = check_options("weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap)
     shards = vocab_parallel.find_shards("logits", V, process_group, vocab_sizes)
     further = () if shards is None else (*shards, return_stats)

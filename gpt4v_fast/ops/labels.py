@@ -14,8 +14,8 @@ LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _first_bad: dict[torch.device, torch.Tensor] = {}
 
 
-def check_target(target: object, shape: tuple[int, ...], source: str, like: torch.Tensor) -> None:
-    """Raises unless `target` is an integer tensor of this shape on `like`'s device."""
+def check_target(target: object, shape: tuple[int, ...], source: str, like: torch.Tensor) -> torch.Tensor:
+    """`target` as int64; raises unless it is an integer tensor of this shape on `like`'s device."""
     if not isinstance(target, torch.Tensor):
         raise TypeError(f"target: expected a torch.Tensor of labels, got {type(target).__name__}")
     if target.is_floating_point():
@@ -26,6 +26,8 @@ def check_target(target: object, shape: tuple[int, ...], source: str, like: torc
         raise ValueError(f"target: expected shape {shape} for {source}, got {tuple(target.shape)}")
     if target.device != like.device:
         raise ValueError(f"target: expected the device {like.device}, got {target.device}")
+    # Before anything is compared with it: beside uint8 labels torch takes an ignore_index of -100 for 156.
+    return target.to(torch.int64)
 
 
 def shifted(target: torch.Tensor, shift: int, ignore_index: int) -> torch.Tensor:

@@ -113,7 +113,7 @@ def _refusal(function: str) -> Callable[..., Any]:
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The floating tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)

@@ -101,7 +101,7 @@ def linear_cross_entropy(
         nll, lse, argmax, _ = _linear_cross_entropy_op(*arguments)
     else:
         nll, lse, argmax, _, label_weight, _ = _sharded_linear_cross_entropy_op(*arguments)
-    target = labels.shifted(target, shift, ignore_index)
+    target = labels.shifted(arguments[3], shift, ignore_index)
     return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats, label_weight)
 
 
@@ -137,7 +137,7 @@ def prepare(
     if bias is not None:
         checks.check_shape("bias", bias, (V,), "(V,)")
         checks.check_device("bias", bias, "hidden", hidden)
-    labels.check_target(target, tuple(hidden.shape[:-1]), f"hidden {tuple(hidden.shape)}", hidden)
+    target = labels.check_target(target, tuple(hidden.shape[:-1]), f"hidden {tuple(hidden.shape)}", hidden)
     options = check_options(
         "class_weight", class_weight, V, hidden, ignore_index, reduction, label_smoothing, z_loss, softcap
     )
