@@ -327,6 +327,21 @@ def test_compiles_without_a_graph_break_and_once_for_every_length():
         assert compilations == 2 and difference == 0
 
 
+@both_sizes
+def test_autocast_and_torch_func(ranks):
+    hidden, weight, target = torch.randn(12, 8), torch.randn(16, 8), make_labels(12, 16)
+    results = results_of(ranks, cases.under_autocast_and_transforms, hidden, weight, target)
+    for i, dtype in enumerate((FP32, BF16)):
+        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+        loss = gf.linear_cross_entropy(leaves[0].to(dtype), leaves[1].to(dtype), target)
+        wanted = torch.autograd.grad(loss, leaves)
+        for how in (2 * i, 2 * i + 1):
+            got = results[0][how][0], torch.cat([result[how][1] for result in results])
+            for x, want in zip(got, wanted, strict=True):
+                assert x.dtype == FP32
+                torch.testing.assert_close(x, want, rtol=0, atol=4 * torch.finfo(dtype).eps * want.abs().max().item())
+
+
 def test_opcheck():
     results_of(2, cases.registered)
 
@@ -362,6 +377,26 @@ def test_a_bad_label_on_one_process_raises_on_all():
 def test_labels_that_differ_are_refused():
     outcomes = call(2, cases.loss, "linear_cross_entropy", [arguments(), arguments(target=torch.tensor([15, 0, 8, 1]))])
     assert_errors(outcomes, ValueError, *["target: expected the same labels on every process"] * 2)
+
+
+@both_sizes
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_bad_label_is_a_nan_of_its_row_where_nobody_waits(smoothing, ranks):
+    """As on a GPU, through Triton's interpreter; check_labels knows the label in the whole vocabulary."""
+    target = torch.tensor([0, 16 * ranks, 8, IGNORED])
+    by_rank = [arguments(target=target, label_smoothing=smoothing)] * ranks
+    outcomes = results_of(ranks, cases.without_waiting, "linear_cross_entropy", by_rank)
+    for losses, gradients, error in outcomes:
+        assert losses.isnan().tolist() == [False, True, False, False] and same(losses, outcomes[0][0])
+        assert gradients[0].isnan().any(dim=1).tolist() == [False, True, False, False]
+        assert f"in [0, {8 * ranks}) or ignore_index, got {16 * ranks} at place 1" in error
+
+
+def test_labels_or_arguments_that_differ_are_nan_where_nobody_waits():
+    others = [arguments(target=torch.tensor([15, 0, 8, 1])), arguments(label_smoothing=0.1)]
+    for other in others:
+        for losses, _, error in results_of(2, cases.without_waiting, "linear_cross_entropy", [arguments(), other]):
+            assert losses[:3].isnan().all() and error == ""
 
 
 DIFFERENT = {

@@ -67,6 +67,20 @@ def loss(group: Any, op: str, by_rank: list[dict[str, Any]]) -> torch.Tensor:
     return OPS[op](process_group=group, **by_rank[dist.get_rank(group)]).detach()
 
 
+def without_waiting(group: Any, op: str, by_rank: list[dict[str, Any]]) -> Any:
+    """(losses, gradients of the first two arguments, what check_labels raised), as on a GPU: nobody looks at labels."""
+    arguments = by_rank[dist.get_rank(group)]
+    leaves = [x.requires_grad_() for name, x in arguments.items() if name in ("hidden", "weight", "logits")]
+    with gf.force(backend="triton"):
+        losses = OPS[op](process_group=group, reduction="none", **arguments)
+        gradients = torch.autograd.grad(losses[0], leaves)
+    try:
+        gf.check_labels()
+    except IndexError as error:
+        return losses.detach(), gradients, str(error)
+    return losses.detach(), gradients, ""
+
+
 def collectives(group: Any, op: str, arguments: dict[str, torch.Tensor], **options: Any) -> list[tuple[str, int]]:
     """(operation, elements) of each all-reduce of a forward and a backward; any other collective raises."""
     seen: list[tuple[str, int]] = []
@@ -176,6 +190,22 @@ def compiled(group: Any, lengths: list[int], **options: Any) -> Any:
         ]
         differences += [(a - b).abs().max().item() for a, b in zip(*results, strict=True)]
     return counter.frame_count, max(differences)
+
+
+def under_autocast_and_transforms(group: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> Any:
+    """Gradients of hidden and weight four ways: by autograd and torch.func.grad, without and with autocast."""
+    weight = weight.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+
+    def loss_of(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return gf.linear_cross_entropy(hidden, weight, target.to(torch.uint8), process_group=group)
+
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
+            results.append(torch.autograd.grad(loss_of(*leaves), leaves))
+            results.append(torch.func.grad(loss_of, argnums=(0, 1))(hidden, weight))
+    return results
 
 
 def registered(group: Any) -> None:

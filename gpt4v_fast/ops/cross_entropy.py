@@ -219,7 +219,7 @@ backends.register_explainer(cross_entropy, _request)
 
 def look_at_labels(target: torch.Tensor, V: int, ignore_index: int, backend: str, shift: int = 0) -> None:
     """Raises for a bad label on a CPU; remembers it where a Triton kernel meets it."""
-    if target.device.type == "cpu" and backend != "triton":
+    if labels.raise_at_once(target, backend):
         labels.raise_if_bad(target, V, ignore_index, shift)
     else:
         labels.remember_bad(target, V, ignore_index)
@@ -345,8 +345,9 @@ def _sharded_cross_entropy(logits: torch.Tensor, target: torch.Tensor, *rest: An
 
     shards = vocab_parallel.Shards(tuple(sizes), rank, group)
     options = LossOptions(*loss_options)
-    what = ("cross_entropy",)
-    return vocab_parallel.forward(local, logit_at if with_argmax else None, target, options, shards, what)
+    backend = backends.pick(describe("cross_entropy", logits)).backend
+    functions = (local, logit_at if with_argmax else None)
+    return vocab_parallel.forward(*functions, target, options, shards, ("cross_entropy",), backend)
 
 
 def _sharded_cross_entropy_backward(

@@ -43,6 +43,11 @@ def are_bad(labels: torch.Tensor, V: int, ignore_index: int) -> torch.Tensor:
     return ((labels < 0) | (labels >= V)) & (labels != ignore_index)
 
 
+def raise_at_once(target: torch.Tensor, backend: str) -> bool:
+    """Whether a bad label raises at once: on a CPU, except where Triton's interpreter plays a GPU."""
+    return target.device.type == "cpu" and backend != "triton"
+
+
 def raise_if_bad(target: torch.Tensor, V: int, ignore_index: int, shift: int = 0) -> None:
     """Raises IndexError for the first bad label; `target` is shifted already."""
     bad = are_bad(target, V, ignore_index)

@@ -317,7 +317,9 @@ def _sharded_linear_cross_entropy(
     options, shards = LossOptions(*loss_options), vocab_parallel.Shards(tuple(sizes), rank, group)
     target = labels.shifted(target, shift, options.ignore_index)
     what = ("linear_cross_entropy", hidden.dtype, hidden.shape[1])
-    return vocab_parallel.forward(local, logit_at if with_argmax else None, target, options, shards, what, shift)
+    backend = backends.pick(describe("linear_cross_entropy", hidden)).backend
+    functions = (local, logit_at if with_argmax else None)
+    return vocab_parallel.forward(*functions, target, options, shards, what, backend, shift)
 
 
 def _sharded_linear_cross_entropy_backward(

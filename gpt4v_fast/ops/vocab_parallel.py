@@ -144,6 +144,7 @@ def forward(
     options: Any,
     shards: Shards,
     what: tuple[Any, ...],
+    backend: str,
     shift: int = 0,
 ) -> Merged:
     """Runs the kernel on this shard and merges the shards.
@@ -153,15 +154,15 @@ def forward(
         logit_at: this shard's logits (N,) at the given columns, for the argmax; None: nobody asks for it.
         target: global labels, shifted already by `shift`.
         what: further arguments that must be the same on every process.
+        backend: that of the kernel.
     """
-    V, device = shards.V, target.device
-    on_cpu = device.type == "cpu"
+    V, device, raises = shards.V, target.device, labels.raise_at_once(target, backend)
     bad = labels.are_bad(target, V, options.ignore_index)
-    if not on_cpu:
+    if not raises:
         labels.remember_bad(target, V, options.ignore_index)
-    # On a CPU a bad label raises, but not before the first all-reduce, where the other processes would wait for this.
+    # Nothing raises before the first all-reduce: the other processes would wait there.
     none_counted = torch.full_like(target, options.ignore_index)
-    work = plan(none_counted if on_cpu and bad.any() else target, options, shards)
+    work = plan(none_counted if raises and bad.any() else target, options, shards)
     N = work.counted.shape[0]
     lse, share = (torch.zeros(N, dtype=torch.float64, device=device) for _ in range(2))
     argmax = torch.zeros(N, dtype=torch.int64, device=device)
@@ -187,7 +188,7 @@ def forward(
         keys.append(_ordered(best) * _LOW + (_LOW - 1 - (argmax + shards.start)))
     largest = _all_reduce(torch.cat([checks, *keys]), dist.ReduceOp.MAX, shards)
     differs = largest[1:5:2] != -largest[2:5:2]
-    if on_cpu:
+    if raises:
         _raise_together(largest[:5], bad, differs, target, V, options.ignore_index, shift)
     key = largest[5 : 5 + N]
     origin = _from_ordered(key).double()
@@ -206,7 +207,7 @@ def forward(
     log_sum = torch.log(sums)
     slope = _slope(label_weight, weight_sum, options.label_smoothing, V)
     exact_nll, exact_lse = shares + slope * log_sum, origin + log_sum
-    if not on_cpu:
+    if not raises:
         exact_nll, exact_lse = (torch.where(differs.any(), torch.nan, x) for x in (exact_nll, exact_lse))
     nll, exact_lse = (torch.where(work.counted, x, 0.0) for x in (exact_nll, exact_lse))
     best_column = torch.full_like(argmax, -1) if logit_at is None else _LOW - 1 - (largest[5 + N :] & (_LOW - 1))
