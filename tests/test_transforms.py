@@ -94,6 +94,32 @@ def test_compiled_grad(name):
 
 
 @every_op
+def test_compiled_code_serves_both_sides_of_a_transform(name):
+    """One compiled function, called plainly, under grad, and plainly again."""
+    function, tensors, argnums = case(name)
+    compiled = torch.compile(lambda *tensors: function(gf, *tensors), backend="aot_eager")
+    transform = grad(compiled, argnums=tuple(i - 1 for i in argnums))
+    for _ in range(2):
+        assert torch.equal(compiled(*tensors), function(gf, *tensors))
+        assert same(transform(*tensors), grad(function, argnums=argnums)(gf, *tensors))
+
+
+@every_op
+def test_the_graph_holds_the_op_and_no_questions(name):
+    """A call of torch's internals in it, which cannot be serialized, would keep compiled code out of its caches."""
+    function, tensors, _ = case(name)
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        calls.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    torch.compile(lambda *tensors: function(gf, *tensors), fullgraph=True, backend=backend)(*tensors)
+    assert f"gpt4v_fast.{name}" in calls
+    assert not [call for call in calls if "active" in call or "autocast" in call or "pybind" in call]
+
+
+@every_op
 def test_vmap_is_the_op_once_per_element(name):
     """Gradients per sample (vmap over grad), and the gradient of a mapped function (grad over vmap)."""
     function, tensors, argnums = case(name)

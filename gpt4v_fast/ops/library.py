@@ -79,7 +79,7 @@ def _with_function(
     as_function: Any = type(name, (torch.autograd.Function,), functions)
 
     def call(*args: Any) -> Any:
-        if not torch._C._are_functorch_transforms_active():
+        if not _transforms_active():
             if differentiable or not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
                 return op(*args)
         elif torch.compiler.is_compiling():
@@ -89,6 +89,13 @@ def _with_function(
         return as_function.apply(*args)
 
     return call
+
+
+# A constant to torch.compile, which guards the stack of transforms anyway: a call in the graph would only keep compiled
+# code out of its caches.
+@torch.compiler.assume_constant_result
+def _transforms_active() -> bool:
+    return torch._C._are_functorch_transforms_active()
 
 
 def _needs_gradient(x: Any) -> bool:
@@ -113,7 +120,7 @@ def _refusal(function: str) -> Callable[..., Any]:
 def autocast(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
     """The floating tensors in autocast's dtype where autocast is on for their device, else as they are."""
     device = next(t.device.type for t in tensors if t is not None)
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch raises for meta
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in tensors)
