@@ -13,6 +13,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import shutil
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -40,6 +41,7 @@ def _workers() -> list[Any]:
     def stop() -> None:
         for process in processes:
             process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(stop)
     return [ours for ours, _ in pipes]

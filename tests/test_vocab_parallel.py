@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 import vocab_parallel_cases as cases
 from closeness import compare
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from loss_cases import BF16, EVERYTHING, FP16, FP32, IGNORED, class_weights, make_labels
 from loss_cases import LinearCase as Case
 from process_group import call, results_of
@@ -114,6 +117,32 @@ def test_cross_entropy(case, ranks):
     options = case.options()
     options["weight"] = options.pop("class_weight")
     check("cross_entropy", {"logits": logits}, case.target(), cases.even_sizes(case.V, ranks), options)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    ranks=st.sampled_from([2, 4]),
+    N=st.integers(0, 40),
+    V=st.integers(1, 90),
+    E=st.integers(1, 40),
+    dtype=st.sampled_from([FP32, BF16, FP16]),
+    spread=st.sampled_from([0.0, 1.0, 8.0]),
+    bias=st.sampled_from([None, FP32, BF16]),
+    ignored=st.sampled_from([0.0, 0.5, 1.0]),
+    ignore_index=st.sampled_from([IGNORED, 0, -1]),
+    weighted=st.booleans(),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+    softcap=st.sampled_from([None, 2.0, 50.0]),
+    reduction=st.sampled_from(["sum", "none"]),
+    cuts=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+)
+def test_any_arguments(ranks, cuts, **arguments):
+    """And any split, ranks without a class among them."""
+    case = Case("drawn", **arguments)
+    places = [0, *sorted(int(cut * case.V) for cut in cuts[: ranks - 1]), case.V]
+    sizes = tuple(end - start for start, end in itertools.pairwise(places))
+    check("linear_cross_entropy", case.tensors(), case.target(), sizes, case.options())
 
 
 UNEVEN = {"two": (3, 38), "four": (1, 9, 30, 1), "an-empty-one": (14, 14, 0, 13), "as-torch-chunks": (2, 2, 1, 0)}
@@ -250,23 +279,20 @@ def test_two_all_reduces_of_numbers_per_token(ranks):
     N, V, E = 50, 64, 24
     target = make_labels(N, V, 0.3)
     linear = {"hidden": torch.randn(N, E), "weight": torch.randn(V, E), "target": target}
-    plain = results_of(ranks, cases.collectives, "linear_cross_entropy", linear)
-    assert plain == [[("MAX", N + 5), ("SUM", 2 * N + 1), ("SUM", N * E)]] * ranks
+    forward = [("MAX", N + 5), ("SUM", 2 * N + 1)]
+    for gradients, backward in ((("hidden", "weight"), [("SUM", N * E)]), (("weight",), [])):
+        seen = results_of(ranks, cases.collectives, "linear_cross_entropy", linear, gradients, {})
+        assert seen == [forward + backward] * ranks
     logits = {"logits": torch.randn(N, V), "target": target}
-    assert (
-        results_of(ranks, cases.collectives, "cross_entropy", logits) == [[("MAX", N + 5), ("SUM", 2 * N + 1)]] * ranks
-    )
+    assert results_of(ranks, cases.collectives, "cross_entropy", logits, ("logits",), {}) == [forward] * ranks
 
 
 def test_nothing_more_for_statistics_than_a_number_per_token():
     N = 20
     logits = {"logits": torch.randn(N, 8), "target": make_labels(N, 8), "weight": class_weights(8)}
-    (first, *_), *_ = results_of(2, statistics_collectives, logits)
-    assert first == ("MAX", 2 * N + 5)
-
-
-def statistics_collectives(group: Any, arguments: dict[str, torch.Tensor]) -> Any:
-    return cases.collectives(group, "cross_entropy", arguments, return_stats=True, label_smoothing=0.1)
+    options = {"return_stats": True, "label_smoothing": 0.1}
+    seen = results_of(2, cases.collectives, "cross_entropy", logits, ("logits",), options)
+    assert seen == [[("MAX", 2 * N + 5), ("SUM", 3 * N + 1)]] * 2
 
 
 @both_sizes

@@ -81,8 +81,10 @@ def without_waiting(group: Any, op: str, by_rank: list[dict[str, Any]]) -> Any:
     return losses.detach(), gradients, ""
 
 
-def collectives(group: Any, op: str, arguments: dict[str, torch.Tensor], **options: Any) -> list[tuple[str, int]]:
-    """(operation, elements) of each all-reduce of a forward and a backward; any other collective raises."""
+def collectives(
+    group: Any, op: str, arguments: dict[str, torch.Tensor], gradients: tuple[str, ...], options: dict[str, Any]
+) -> list[tuple[str, int]]:
+    """(operation, elements) of each all-reduce, forward and backward to `gradients`; other collectives raise."""
     seen: list[tuple[str, int]] = []
     plain = dist.all_reduce
 
@@ -98,8 +100,7 @@ def collectives(group: Any, op: str, arguments: dict[str, torch.Tensor], **optio
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     V = arguments["weight"].shape[0] if op == "linear_cross_entropy" else arguments["logits"].shape[-1]
     leaves = {name: shard(op, name, x, even_sizes(V, ranks), rank) for name, x in arguments.items()}
-    differentiable = ("hidden", "weight") if op == "linear_cross_entropy" else ("logits",)
-    leaves = {name: x.requires_grad_(name in differentiable) for name, x in leaves.items()}
+    leaves = {name: x.requires_grad_(name in gradients) for name, x in leaves.items()}
     dist.all_reduce = counted
     for name in others:
         setattr(dist, name, refuse)
