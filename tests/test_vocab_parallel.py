@@ -329,6 +329,14 @@ def test_dtensor_weight(V, placement, ranks):
         assert placements == [hidden_placement, "(Shard(dim=0),)", "(Shard(dim=0),)"]
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sequence-parallel"])
+def test_a_module_after_parallelize_module(sharded):
+    for one, parallel, compiled in results_of(2, cases.parallel_module, torch.randn(6, 8), make_labels(6, 14), sharded):
+        for want, got, fast in zip(one, parallel, compiled, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
+            assert torch.equal(got, fast)
+
+
 @both_sizes
 def test_dtensor_logits(ranks):
     logits, target = torch.randn(2, 5, 13), make_labels(10, 13, 0.2).reshape(2, 5)

@@ -162,6 +162,30 @@ def logits_as_dtensor(group: Any, logits: torch.Tensor, target: torch.Tensor) ->
     return loss.detach(), logits.grad.full_tensor()
 
 
+def parallel_module(group: Any, hidden: torch.Tensor, target: torch.Tensor, sharded: bool) -> Any:
+    """For gf.nn.LinearCrossEntropyLoss on one process, after parallelize_module, and compiled: loss and gradients."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+    def loss_and_gradients(function: Any, hidden: torch.Tensor) -> list[torch.Tensor]:
+        hidden.requires_grad_()
+        loss = function(hidden, target)
+        gradients = torch.autograd.grad(loss, [hidden, module.linear.weight, module.linear.bias])
+        return [x.full_tensor() if isinstance(x, DTensor) else x for x in (loss.detach(), *gradients)]
+
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    module = gf.nn.LinearCrossEntropyLoss(hidden.shape[-1], 14, bias=True, label_smoothing=0.1)
+    results = [loss_and_gradients(module, hidden)]
+    mesh = DeviceMesh.from_group(group, "cpu")
+    parallelize_module(module.linear, mesh, ColwiseParallel())
+    hidden = distribute_tensor(hidden.detach(), mesh, [Shard(0)]) if sharded else hidden.detach()
+    results.append(loss_and_gradients(module, hidden))
+    results.append(loss_and_gradients(torch.compile(module, backend="aot_eager", fullgraph=True), hidden))
+    return results
+
+
 def wrong_dtensor(group: Any, weight: torch.Tensor) -> None:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor

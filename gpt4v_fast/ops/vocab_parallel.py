@@ -156,70 +156,76 @@ def forward(
         what: further arguments that must be the same on every process.
         backend: that of the kernel.
     """
-    V, device, raises = shards.V, target.device, labels.raise_at_once(target, backend)
+    V, raises = shards.V, labels.raise_at_once(target, backend)
     bad = labels.are_bad(target, V, options.ignore_index)
     if not raises:
         labels.remember_bad(target, V, options.ignore_index)
     # Nothing raises before the first all-reduce: the other processes would wait there.
     none_counted = torch.full_like(target, options.ignore_index)
     work = plan(none_counted if raises and bad.any() else target, options, shards)
-    N = work.counted.shape[0]
-    lse, share = (torch.zeros(N, dtype=torch.float64, device=device) for _ in range(2))
-    argmax = torch.zeros(N, dtype=torch.int64, device=device)
-    for call in work.calls:
-        nll, its_lse, its_argmax, its_low = local(
-            call.rows, call.class_weight, IGNORED, call.label_smoothing, options.softcap
-        )
-        served = call.rows != IGNORED
-        share += torch.where(call.scale != 0, call.scale * nll, 0.0)
-        its_exact_lse = its_lse.double() + torch.where(its_lse.isfinite(), its_low, 0.0)
-        lse = torch.where(served, its_exact_lse, lse)
-        argmax = torch.where(served & (its_argmax >= 0), its_argmax, argmax)
-    if not work.calls:
-        lse = torch.where(work.counted, -torch.inf, lse)
+    share, lse, argmax = _run_local(work, local, options.softcap)
 
-    same = (shards.sizes, options[1:], options.class_weight is None, logit_at is None, N, *what)
-    checks = torch.stack(
-        [bad.any().to(torch.int64), *_both_signs(_label_sum(target)), *_both_signs(_hash(same, device))]
-    )
+    same = (shards.sizes, options[1:], options.class_weight is None, logit_at is None, target.numel(), *what)
+    checks = [bad.any().to(torch.int64), *_both_signs(_label_sum(target)), *_both_signs(_hash(same, target.device))]
     keys = [_ordered(lse.float())]
     if logit_at is not None:
-        best = logit_at(argmax) if work.calls else torch.full((N,), -torch.inf, device=device)
+        best = logit_at(argmax) if work.calls else torch.full_like(lse, -torch.inf, dtype=torch.float32)
         keys.append(_ordered(best) * _LOW + (_LOW - 1 - (argmax + shards.start)))
-    largest = _all_reduce(torch.cat([checks, *keys]), dist.ReduceOp.MAX, shards)
+    largest = _all_reduce(torch.cat([torch.stack(checks), *keys]), dist.ReduceOp.MAX, shards)
     differs = largest[1:5:2] != -largest[2:5:2]
     if raises:
-        _raise_together(largest[:5], bad, differs, target, V, options.ignore_index, shift)
-    key = largest[5 : 5 + N]
-    origin = _from_ordered(key).double()
-    origin = torch.where(origin.isinf(), 0.0, origin)
+        _raise_together(largest[0], differs, target, V, options.ignore_index, shift)
+    keys = list(largest[5:].reshape(len(keys), len(lse)))
+    nll, lse, label_weight, weight_sum = _sums(work, share, lse, _from_ordered(keys[0]), options, shards)
+    if not raises:
+        nll, lse = (torch.where(differs.any(), torch.nan, x) for x in (nll, lse))
+    best_column = _LOW - 1 - (keys[-1] & (_LOW - 1)) if logit_at is not None else -1
+    rounded = lse.float()
+    return Merged(
+        torch.where(work.counted, nll, 0.0).float(),
+        torch.where(work.counted, rounded, 0.0),
+        torch.where(work.counted & ~bad.reshape(-1), best_column, -1),
+        torch.where(work.counted & lse.isfinite(), lse - rounded, 0.0).float(),
+        label_weight.float(),
+        weight_sum,
+    )
 
-    # A shard of nothing but -inf: its logits are no classes, and a label among them costs infinity.
-    nothing = torch.where(work.lse_slope == 0, 0.0, torch.inf)
+
+def _run_local(
+    work: Plan, local: Callable[..., tuple[torch.Tensor, ...]], softcap: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """This shard's share of nll with its own lse, its lse (both fp64), and its argmax, a column of the shard."""
+    share = torch.zeros_like(work.label_weight)
+    lse = torch.where(work.counted, 0.0 if work.calls else -torch.inf, share)
+    argmax = torch.zeros_like(work.counted, dtype=torch.int64)
+    for call in work.calls:
+        nll, its_lse, its_argmax, its_low = local(call.rows, call.class_weight, IGNORED, call.label_smoothing, softcap)
+        served = call.rows != IGNORED
+        share += torch.where(call.scale != 0, call.scale * nll, 0.0)
+        exact_lse = its_lse.double() + torch.where(its_lse.isfinite(), its_low, 0.0)
+        lse = torch.where(served, exact_lse, lse)
+        argmax = torch.where(served & (its_argmax >= 0), its_argmax, argmax)
+    return share, lse, argmax
+
+
+def _sums(
+    work: Plan, share: torch.Tensor, lse: torch.Tensor, largest: torch.Tensor, options: Any, shards: Shards
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The global nll and lse, the labels' class weights (N,) and the sum of all class weights (), in fp64."""
+    N = lse.shape[0]
+    origin = torch.where(largest.isinf(), 0.0, largest.double())
     moved = torch.where(work.lse_slope == 0, share, share + work.lse_slope * (origin - lse))
-    moved = torch.where(lse == -torch.inf, nothing, moved)
+    # A shard of nothing but -inf: its logits are no classes, and a label among them costs infinity.
+    moved = torch.where(lse == -torch.inf, torch.where(work.lse_slope == 0, 0.0, torch.inf), moved)
     parts = [work.weight_sum.reshape(1), torch.exp(lse - origin), moved]
     if options.class_weight is not None:
         parts.append(work.label_weight)
     total = _all_reduce(torch.cat(parts), dist.ReduceOp.SUM, shards)
-    weight_sum, sums, shares = total[0], total[1 : 1 + N], total[1 + N : 1 + 2 * N]
-    label_weight = work.counted.double() if options.class_weight is None else total[1 + 2 * N :]
-    log_sum = torch.log(sums)
-    slope = _slope(label_weight, weight_sum, options.label_smoothing, V)
-    exact_nll, exact_lse = shares + slope * log_sum, origin + log_sum
-    if not raises:
-        exact_nll, exact_lse = (torch.where(differs.any(), torch.nan, x) for x in (exact_nll, exact_lse))
-    nll, exact_lse = (torch.where(work.counted, x, 0.0) for x in (exact_nll, exact_lse))
-    best_column = torch.full_like(argmax, -1) if logit_at is None else _LOW - 1 - (largest[5 + N :] & (_LOW - 1))
-    rounded = exact_lse.float()
-    return Merged(
-        nll.float(),
-        rounded,
-        torch.where(work.counted & ~bad.reshape(-1), best_column, -1),
-        torch.where(exact_lse.isfinite(), exact_lse - rounded, 0.0).float(),
-        label_weight.float(),
-        weight_sum.clone(),
-    )
+    weight_sum, sums = total[0].clone(), total[1:].reshape(len(parts) - 1, N)
+    label_weight = work.counted.double() if options.class_weight is None else sums[2]
+    log_sum = torch.log(sums[0])
+    nll = sums[1] + _slope(label_weight, weight_sum, options.label_smoothing, shards.V) * log_sum
+    return nll, origin + log_sum, label_weight, weight_sum
 
 
 def backward_calls(
@@ -263,8 +269,7 @@ def _all_reduce(tensor: torch.Tensor, how: Any, shards: Shards) -> torch.Tensor:
 
 
 def _raise_together(
-    checks: torch.Tensor,
-    bad: torch.Tensor,
+    bad_somewhere: torch.Tensor,
     differs: torch.Tensor,
     target: torch.Tensor,
     V: int,
@@ -275,7 +280,7 @@ def _raise_together(
     if differs[1]:
         raise ValueError("process_group: expected the same arguments and vocab_sizes on every process, got others")
     labels.raise_if_bad(target, V, ignore_index, shift)
-    if checks[0]:
+    if bad_somewhere:
         raise IndexError(
             f"target: expected labels in [0, {V}) or ignore_index, but another process has one that is not"
         )
