@@ -38,6 +38,14 @@ def tanh(x):
 
 
 @triton.jit
+def tanh_slope(x):
+    """1 - tanh(x)^2 in fp32, relative error below 5e-7 where it is a normal number: with e = exp(-2|x|) it is
+    4 e / (1 + e)^2, which keeps its digits where tanh(x) has been rounded to nearly 1."""
+    e = tl.exp2(tl.abs(x) * (-2.0 * _LOG2E))
+    return 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def tile_pointers(base, rows, columns, stride):
     """Addresses of a (rows, columns) tile of a matrix with row stride `stride`, below MAX_ROW_STRIDE.
 

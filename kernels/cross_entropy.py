@@ -31,6 +31,7 @@ from gpt4v_fast.kernels.common import (
     launch_options,
     on_device,
     tanh,
+    tanh_slope,
     target_arch,
 )
 
@@ -179,7 +180,7 @@ def _logit_gradient(
             gradient -= slope_all
     gradient = tl.where(columns == target, gradient - slope_target, gradient)
     if SOFTCAP:
-        gradient *= 1.0 - (z / softcap) * (z / softcap)
+        gradient *= tanh_slope(x / softcap)
     return gradient
 
 

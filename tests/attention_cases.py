@@ -121,7 +121,7 @@ def check(case: Case, isa: str | None = None, **options: Any) -> None:
         return gf.attention(**tensors, **settings)
 
     def oracle(**tensors: torch.Tensor) -> Any:
-        return flash(reference.attention, BITS[case.dtype], **tensors, **settings)
+        return flash(reference.attention, saved_bits(case.dtype), **tensors, **settings)
 
     with gf.force(isa=isa, backend="cpu"):  # around the gradients too
         compare(
@@ -180,6 +180,11 @@ class _Saved(torch.autograd.Function):
 def operand_bits(dtype: torch.dtype) -> int:
     """How many bits the weights have that the CPU kernel multiplies with v (csrc/kernels/attention_forward.h)."""
     return BITS[BF16] if dtype == BF16 and _C.isa() == "avx512_bf16" else BITS[FP32]
+
+
+def saved_bits(dtype: torch.dtype) -> int:
+    """How many bits of out the CPU kernels keep for the backward pass."""
+    return BITS[dtype]
 
 
 def random_ids(*shape: int, groups: int, seed: int = 3) -> torch.Tensor:
@@ -310,6 +315,7 @@ SCORES = [
     Case("boolean-bias-keys", 50, 90, B=2, bias=(90,), bias_dtype=torch.bool, dtype=BF16, mask=causal),
     Case("softcap", 70, 80, softcap=2.0, amplitude=2.0),
     Case("softcap-bf16", 70, 80, softcap=20.0, amplitude=3.0, dtype=BF16),
+    Case("softcap-saturated", 70, 2, softcap=0.5),
     Case("alibi", 70, 90, alibi="H", mask=causal),
     Case("alibi-batch-top-left", 90, 70, B=3, alibi="BH", mask=top_left),
     Case("sinks", 70, 90, B=2, H=4, Hkv=2, sinks=True, mask=causal),
@@ -324,3 +330,13 @@ SCORES = [
     Case("huge-scores-bf16", 60, 90, D=64, scale=3.0, amplitude=3.0, dtype=BF16),
 ]  # fmt: skip
 CASES = [*SIZES, *LAYOUTS, *MASKS, *SCORES]
+# Where the kernels are not as exact as the rule asks, and why.
+INEXACT = {
+    "softcap-saturated": "the softcap's derivative is taken as 1 - tanh^2, whose digits are lost where tanh is near 1",
+}
+
+
+def expected_to_fail(case: Any) -> Any:
+    """The case as a parameter of a test, marked where it is known to be too inexact."""
+    marks = [pytest.mark.xfail(reason=INEXACT[case.name], strict=True)] if case.name in INEXACT else []
+    return pytest.param(case, marks=marks, id=case.name)

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import BF16, DTYPES, FP16, FP32, ISAS, flash, operand_bits
+from attention_cases import BF16, DTYPES, FP16, FP32, ISAS, flash, operand_bits, saved_bits
 from attention_cases import poisoned as poisoned  # a fixture
 from closeness import compare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from random_rounding import BITS
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
@@ -115,7 +114,9 @@ def check(case: Packed, isa: str | None = None, **more: Any) -> None:
 
     def oracle(**tensors: torch.Tensor) -> Any:
         starts_q_and_k = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]}
-        return flash(reference.attention_varlen, BITS[case.dtype], **starts_q_and_k, **tensors, **options, **dropout)
+        return flash(
+            reference.attention_varlen, saved_bits(case.dtype), **starts_q_and_k, **tensors, **options, **dropout
+        )
 
     with gf.force(isa=isa, backend="cpu"):  # around the gradients too
         compare(
@@ -163,7 +164,7 @@ def test_random_combinations_match_the_oracle(data):
         causal=draw(st.booleans()),
         align=draw(st.sampled_from(["bottom_right", "top_left"])),
         window=draw(st.none() | st.tuples(side, side)),
-        softcap=draw(st.sampled_from([None, 2.0])),
+        softcap=draw(st.sampled_from([None, 4.0])),  # scores are below 6; see attention_cases.INEXACT
     )
     check(case, draw(st.sampled_from(ISAS)))
 

@@ -68,6 +68,7 @@ CASES = [
     Case("smoothed", 4, 150, BF16, label_smoothing=0.1),
     Case("smoothed-weighted", 4, 90, FP32, weighted=True, label_smoothing=0.3),
     Case("softcap", 4, 150, FP32, softcap=3.0),
+    Case("softcap-saturated", 4, 150, FP32, softcap=0.4),
     Case("everything", 5, 203, BF16, weighted=True, label_smoothing=0.2, softcap=5.0, gap=1, offset=2),
     Case("label-is-everything", 3, 50, FP32, label_smoothing=1.0),
 ]
