@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import gpt4v_fast as gf
 from gpt4v_fast import reference
 
+from . import scales
 from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, compute_bound, timed
 
 LEAVES = ("q", "k", "v")
@@ -158,13 +159,20 @@ def expected(inputs: Inputs, direction: str) -> list[Expected]:
     leaves = [part[name].requires_grad_() for name in LEAVES]
     out = reference.attention(*leaves, mask=mask)
     assert isinstance(out, torch.Tensor)
-    exact = [] if direction == "backward" else [Expected("out", _tail(groups), out.detach())]
+    with torch.no_grad():
+        allowed = mask.dense(shape.S, shape.keys)
+        allowed = allowed if allowed.dim() == 2 else allowed[:, None]
+        dout = None if direction == "forward" else part["upstream"].float()
+        q, k, v = (x.float() for x in leaves)  # enough for a scale, and twice as fast
+        scale = scales.attention(q, k, v, allowed, inputs["q"].dtype, dout)
+    exact = [] if direction == "backward" else [Expected("out", _tail(groups), out.detach(), scale["out"])]
     if direction == "forward":
         return exact
     gradients = torch.autograd.grad(out, leaves, part["upstream"])
     heads = {"q": groups, "k": 1, "v": 1}
     return exact + [
-        Expected(f"grad {name}", _tail(heads[name]), value) for name, value in zip(LEAVES, gradients, strict=True)
+        Expected(f"grad {name}", _tail(heads[name]), value, scale[f"grad {name}"])
+        for name, value in zip(LEAVES, gradients, strict=True)
     ]
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import gpt4v_fast as gf
 from gpt4v_fast import reference
 
+from . import scales
 from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, Unavailable, compute_bound, timed
 
 DIRECTIONS = ("forward", "forward+backward")
@@ -20,7 +21,8 @@ IGNORE = -100
 # Where the exact answer of all tokens would take more multiply-adds than this, the first CHECK_TOKENS are checked.
 CHECK_LIMIT = 1e11
 CHECK_TOKENS = 64
-CHUNK = 128  # tokens whose fp64 logits exist at a time
+CHUNK = 128  # tokens whose fp64 logits exist at a time, where a product makes them
+GIVEN_CHUNK = 16  # and where they are given: few enough to stay in the cache
 
 
 @dataclass(frozen=True)
@@ -128,28 +130,35 @@ def expected(inputs: Inputs, direction: str) -> list[Expected]:
     """The oracle's mean loss and gradients in fp64, summed over chunks of tokens to bound the memory."""
     names = _leaves(inputs)
     exact = {name: inputs[name].double() for name in names}
-    target = inputs["target"]
+    target, dtype = inputs["target"], inputs[names[0]].dtype
     count = int((target != IGNORE).sum())
-    total = torch.zeros((), dtype=torch.float64)
-    gradients = {name: torch.zeros_like(value) for name, value in exact.items()}
-    for start in range(0, len(target), CHUNK):
-        rows = slice(start, start + CHUNK)
+    total, variance = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+    gradients, variances = ({name: torch.zeros_like(value) for name, value in exact.items()} for _ in range(2))
+    chunk = CHUNK if "weight" in exact else GIVEN_CHUNK
+    for start in range(0, len(target), chunk):
+        rows = slice(start, start + chunk)
         part = {name: value if name == "weight" else value[rows] for name, value in exact.items()}
         part = {name: value.detach().requires_grad_(direction != "forward") for name, value in part.items()}
         function: Any = reference.linear_cross_entropy if "weight" in part else reference.cross_entropy
         loss = function(*part.values(), target[rows], ignore_index=IGNORE, reduction="sum") / count
         total += loss.detach()
+        with torch.no_grad():
+            floats = {name: value.float() for name, value in part.items()}  # enough for a scale, and twice as fast
+            found = scales.cross_entropy(target[rows], IGNORE, dtype, direction != "forward", **floats)
+        variance += found["out"]
         if direction == "forward":
             continue
         for name, value in zip(names, torch.autograd.grad(loss, list(part.values())), strict=True):
             if name == "weight":
                 gradients[name] += value
+                variances[name] += found[name]
             else:
-                gradients[name][rows] = value
-    found = [Expected("out", (), total)]
+                gradients[name][rows], variances[name][rows] = value, found[name]
+    variance = scales.Rounding(dtype).sum(total * count, total.square() * count, count, variance)
+    results = [Expected("out", (), total, variance.sqrt() / count)]
     if direction != "forward":
-        found += [Expected(f"grad {name}", (), gradients[name]) for name in names]
-    return found
+        results += [Expected(f"grad {name}", (), gradients[name], variances[name].sqrt() / count) for name in names]
+    return results
 
 
 def _leaves(inputs: Inputs) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import gpt4v_fast as gf
 from gpt4v_fast import reference
 
+from . import scales
 from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, compute_bound, timed
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
@@ -116,14 +117,37 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
 def expected(inputs: Inputs, direction: str) -> list[Expected]:
     """The oracle in fp64 on the whole problem: the products are small beside those of the other ops."""
     leaves = [inputs[name].double().requires_grad_() for name in LEAVES]
-    out = reference.patch_embed(inputs["pixels"], leaves[0], bias=leaves[1], mean=MEAN, std=STD)
-    exact = [Expected("out", (), out.detach())]
+    weight, bias = leaves
+    out = reference.patch_embed(inputs["pixels"], weight, bias=bias, mean=MEAN, std=STD)
+    dtype, upstream = inputs["weight"].dtype, inputs["upstream"].double()
+    with torch.no_grad():
+        patches = _patches(inputs["pixels"], weight)
+        scale = scales.linear(patches, weight.flatten(1), dtype).view(out.shape) + bias.abs()
+    exact = [Expected("out", (), out.detach(), scale)]
     if direction == "forward":
         return exact
-    gradients = torch.autograd.grad(out, leaves, inputs["upstream"].double())
+    gradients = torch.autograd.grad(out, leaves, upstream)
+    rows = upstream.flatten(0, 1)
     # A row of the weight's gradient is all of one output feature.
-    flat = (gradients[0].flatten(1), gradients[1])
-    return exact + [Expected(f"grad {name}", (), g) for name, g in zip(LEAVES, flat, strict=True)]
+    of_weight = scales.linear(patches.mT, rows.mT, dtype).mT
+    of_bias = scales.linear(torch.ones_like(rows[:, :1]).mT, rows.mT, dtype)[0]
+    return [
+        *exact,
+        Expected("grad weight", (), gradients[0].flatten(1), of_weight),
+        Expected("grad bias", (), gradients[1], of_bias),
+    ]
+
+
+def _patches(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(tokens, depth): the normalised pixels of every patch, in fp64."""
+    view = (3,) + (1,) * (pixels.dim() - 2)
+    rescale = 1 / 255 if pixels.dtype == torch.uint8 else 1.0
+    normal = (pixels.double() * rescale - torch.tensor(MEAN).double().view(view)) / torch.tensor(STD).double().view(
+        view
+    )
+    if pixels.dim() == 4:
+        normal, weight = normal[:, :, None], weight[:, :, None]
+    return reference.unfold_patches(normal, weight.shape[2:]).flatten(0, 1)
 
 
 def _make(function: Function) -> Callable[[Case, Inputs], Run]:

@@ -34,11 +34,13 @@ class Unavailable(RuntimeError):
 
 
 class Expected(NamedTuple):
-    """A part of an output and its exact value: outputs[name][index] should be `exact` (fp64)."""
+    """A part of an output: outputs[name][index] should be `exact` (fp64), and may be off by about `scale` units
+    roundoff of the case's dtype (scales.py)."""
 
     name: str
     index: Any
     exact: torch.Tensor
+    scale: torch.Tensor
 
 
 @dataclass(frozen=True)

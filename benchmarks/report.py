@@ -19,7 +19,7 @@ from gpt4v_fast import doctor
 from .registry import Case
 from .timing import Measurement, Settings, Timing
 
-SCHEMA = 1
+SCHEMA = 2  # 2: error is in shares of what rounding explains (check.py); 1: of the row's scale
 SAME = 0.02  # a difference that is not worth a word
 BUSY = 0.5  # load per core before a run above which its times are noise
 
@@ -167,7 +167,7 @@ def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
         f"({row['p20_ms']:.3f} to {row['p80_ms']:.3f})".ljust(24),
         f"{row['rate']:8.1f} {unit}",
         f"{100 * share:5.1f}% of peak" if share is not None else "",
-        f"error {row['error']:.1e}",
+        f"error {100 * row['error']:.0f}% of allowed",
     ]
     notes = [row["reason"], f"{row['dropped']} samples dropped" if row["dropped"] else None]
     return cells + [note for note in notes if note]

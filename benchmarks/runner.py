@@ -137,7 +137,7 @@ def run_case(case: Case, peaks: Peaks, settings: timing.Settings, progress: Prog
 
 
 def checked(case: Case, inputs: Inputs) -> Iterator[tuple[Contender, float | None, tuple[str, str] | None]]:
-    """Each contender with its row error or with (status, reason) why it is not timed."""
+    """Each contender with its error, in shares of what is allowed, or with (status, reason) why it is not timed."""
     check_inputs = case.check_inputs(inputs) if case.check_inputs else inputs
     expected = case.expected(check_inputs)
     for contender in case.contenders:
