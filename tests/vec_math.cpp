@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdio>
+#include <initializer_list>
 
 using namespace gpt4v_fast::GPT4V_FAST_ISA;
 namespace isa = gpt4v_fast::GPT4V_FAST_ISA;
@@ -31,20 +32,19 @@ static void sweep(const char* name, float low, float high, uint32_t step, Fast f
 }
 
 template <class Fast>
-static void edges(const char* name, Fast fast) {
-  const float inf = __builtin_inff(), nan = __builtin_nanf("");
-  const float inputs[] = {nan, bits_to_float(0xffc12345u), inf, -inf, 0.0f, -0.0f, 3e38f, -3e38f, -87.8f, 89.0f};
+static void edges(const char* name, Fast fast, std::initializer_list<float> inputs) {
   std::printf("%s_edges", name);
   for (float x : inputs) std::printf(" %.9g", fast(broadcast(x))[kLanes - 1]);
   std::printf("\n");
 }
 
 int main() {
-  const auto exp = [](Vec x) { return isa::exp(x); };
+  const float inf = __builtin_inff(), nan = __builtin_nanf(""), other_nan = bits_to_float(0xffffffffu);
+  const auto exp2 = [](Vec x) { return isa::exp2(x); };
   const auto tanh = [](Vec x) { return isa::tanh(x); };
-  sweep("exp", -87.0f, 88.0f, 499, exp, [](double x) { return std::exp(x); });
-  sweep("exp_of_negative", -200.0f, 0.0f, 499, exp, [](double x) { return std::exp(x); });
+  sweep("exp2", -125.0f, 127.0f, 499, exp2, [](double x) { return std::exp2(x); });
+  sweep("exp2_of_negative", -300.0f, 0.0f, 499, exp2, [](double x) { return std::exp2(x); });
   sweep("tanh", -30.0f, 30.0f, 499, tanh, [](double x) { return std::tanh(x); });
-  edges("exp", exp);
-  edges("tanh", tanh);
+  edges("exp2", exp2, {nan, other_nan, -inf, 0.0f, -0.0f, -3e38f, -151.0f, -1e-9f, 1.0f, 127.0f});
+  edges("tanh", tanh, {nan, other_nan, inf, -inf, 0.0f, -0.0f, 3e38f, -3e38f, -87.8f, 89.0f});
 }

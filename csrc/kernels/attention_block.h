@@ -9,9 +9,10 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// A tile of scores is kKeys x kQueries floats (16 KiB): with tiles of 64 keys and 64 queries of head size 64 the
-// working set of a block is 80 KiB, a small part of a second-level cache. Both are multiples of every vector's length.
-constexpr int kQueries = 64;
+// A strip of queries is as wide as the register tile of a matrix product (attention_tile.h) or a small multiple of it;
+// a tile of scores is kKeys x kQueries floats (12 KiB), so that at head size 64 it and a strip of q and of out (12 KiB
+// each) stay in a first-level cache while keys and values pass by. Both are multiples of every vector's length.
+constexpr int kQueries = 48;
 constexpr int kKeys = 64;
 
 static inline int32_t int_at(const View& view, int64_t index) { return static_cast<const int32_t*>(view.data)[index]; }

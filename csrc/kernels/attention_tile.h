@@ -5,6 +5,10 @@
 #include "simd/buffer.h"
 #include "simd/vec_math.h"
 
+// A register tile lives in registers only where all of it is inlined.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
 // Rows of a tensor: element (r, c) is data[r * row_stride + c * col_stride].
@@ -14,25 +18,51 @@ struct Rows {
   int64_t row_stride, col_stride;
 };
 
-// to[r * width + c] = factor * from(r, c); columns up to `width` are filled with zeros.
+// to[r * width + c] = from(r, c); columns up to `width` are filled with zeros.
 template <class T>
-static void pack(Rows<const T> from, int64_t rows, int64_t cols, float factor, float* to, int64_t width) {
+static void pack(Rows<const T> from, int64_t rows, int64_t cols, float* to, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* source = from.data + r * from.row_stride;
     float* target = to + r * width;
+    int64_t c = 0;
     if (from.col_stride == 1)
-      for (int64_t c = 0; c < cols; ++c) target[c] = to_float(source[c]) * factor;
-    else
-      for (int64_t c = 0; c < cols; ++c) target[c] = to_float(source[c * from.col_stride]) * factor;
-    for (int64_t c = cols; c < width; ++c) target[c] = 0.0f;
+      for (; c + kLanes <= cols; c += kLanes) store_vec(target + c, load_wide(source + c));
+    for (; c < cols; ++c) target[c] = to_float(source[c * from.col_stride]);
+    for (; c < width; ++c) target[c] = 0.0f;
   }
 }
 
-// to[c * to_stride + r] = from[r * from_stride + c].
+// One step of the transposition of kLanes vectors: exchanges the off-diagonal blocks of kStep rows and lanes.
+template <int kStep>
+static inline void exchange(Vec* rows) {
+  VecInt upper, lower;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    upper[lane] = lane & kStep ? (lane ^ kStep) + kLanes : lane;
+    lower[lane] = lane & kStep ? lane + kLanes : lane ^ kStep;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kLanes; ++r) {
+    if (r & kStep) continue;
+    const Vec a = rows[r], b = rows[r + kStep];
+    rows[r] = __builtin_shuffle(a, b, upper);
+    rows[r + kStep] = __builtin_shuffle(a, b, lower);
+  }
+  if constexpr (2 * kStep < kLanes) exchange<2 * kStep>(rows);
+}
+
+// to[c * to_stride + r] = from[r * from_stride + c]. Whole vectors are written: rows of `to` up to the next multiple of
+// kLanes of `cols`, and columns likewise of `rows`, must exist; so must they in `from`, whatever they hold.
 static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
                       int64_t to_stride) {
-  for (int64_t c = 0; c < cols; ++c)
-    for (int64_t r = 0; r < rows; ++r) to[c * to_stride + r] = from[r * from_stride + c];
+  for (int64_t r = 0; r < rows; r += kLanes)
+    for (int64_t c = 0; c < cols; c += kLanes) {
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) square[i] = load_vec(from + (r + i) * from_stride + c);
+      exchange<1>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) store_vec(to + (c + i) * to_stride + r, square[i]);
+    }
 }
 
 template <class T>
@@ -42,27 +72,34 @@ static void unpack(const float* from, int64_t width, int64_t rows, int64_t cols,
       to.data[r * to.row_stride + c * to.col_stride] = from_float<T>(from[r * width + c] * factor);
 }
 
-// A matrix operand whose elements are broadcast one by one: (r, d) is data[r * row_stride + d * depth_stride].
+// A matrix operand whose elements are broadcast one by one, contiguous along the depth of the product or along its
+// rows: element (r, d) is data[r * stride + d] or data[r + d * stride].
+enum class Along { kDepth, kRows };
+
+template <Along kAlong>
 struct Broadcast {
   const float* data;
-  int64_t row_stride, depth_stride;
+  int64_t stride;
 
-  Broadcast rows_from(int64_t r) const { return {data + r * row_stride, row_stride, depth_stride}; }
-  Vec at(int64_t r, int64_t d) const { return broadcast(data[r * row_stride + d * depth_stride]); }
+  Broadcast rows_from(int64_t r) const { return {data + (kAlong == Along::kDepth ? r * stride : r), stride}; }
+  Vec at(int64_t r, int64_t d) const {
+    return broadcast(kAlong == Along::kDepth ? data[r * stride + d] : data[r + d * stride]);
+  }
   static Vec multiply_add(Vec row, Vec column, Vec sum) { return mul_add(row, column, sum); }
 };
 
 #ifdef __AVX512BF16__
-// The same of bf16 elements taken two at a time: pair (r, d) begins at data[r * row_stride + d * depth_stride]. The
-// other operand then holds a pair in each lane, and one instruction does twice the work of an fp32 multiply-add.
+// The same of bf16 elements taken two at a time, r or d counting pairs in the contiguous direction and stride elements.
+// The other operand then holds a pair in each lane, and one instruction does twice the work of an fp32 multiply-add.
+template <Along kAlong>
 struct BroadcastPairs {
   const bfloat16* data;
-  int64_t row_stride, depth_stride;
+  int64_t stride;
 
-  BroadcastPairs rows_from(int64_t r) const { return {data + r * row_stride, row_stride, depth_stride}; }
+  BroadcastPairs rows_from(int64_t r) const { return {data + (kAlong == Along::kDepth ? r * stride : 2 * r), stride}; }
   Vec at(int64_t r, int64_t d) const {
     float pair;  // only its bits count
-    std::memcpy(&pair, data + r * row_stride + d * depth_stride, sizeof(pair));
+    std::memcpy(&pair, data + (kAlong == Along::kDepth ? r * stride + 2 * d : 2 * r + d * stride), sizeof(pair));
     return reinterpret_cast<Vec>(_mm512_set1_ps(pair));
   }
   static Vec multiply_add(Vec row, Vec column, Vec sum) {
@@ -70,18 +107,37 @@ struct BroadcastPairs {
   }
 };
 
-// to[r * width + c] = the pair (first(r, c), second(r, c)), the first in the low half.
-static void interleave(const bfloat16* first, const bfloat16* second, int64_t cols, uint32_t* to) {
+#endif
+
+// to[c] = the pair (first[c], second[c]), the first in the low half.
+[[maybe_unused]] static void interleave(const bfloat16* first, const bfloat16* second, int64_t cols, uint32_t* to) {
 #pragma omp simd
   for (int64_t c = 0; c < cols; ++c) to[c] = first[c].bits | static_cast<uint32_t>(second[c].bits) << 16;
 }
 
-// Each lane's two floats as a pair of bf16, rounded to nearest even.
+// Each lane's two floats as a pair of bf16, the first in the low half, rounded to nearest even. (Used where there is
+// AVX512_BF16 alone.)
 static inline Vec pair_of(Vec first, Vec second) {
-  const auto half = [](Vec x) { return _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x))); };
-  return reinterpret_cast<Vec>(_mm512_or_si512(half(first), _mm512_slli_epi32(half(second), 16)));
-}
+#ifdef __AVX512BF16__
+  typedef int16_t Halves __attribute__((vector_size(64)));
+  Halves order;
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<int16_t>(i % 2 * kLanes + i / 2);
+  return (Vec)_mm512_permutexvar_epi16((__m512i)order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+#else
+  (void)second;
+  return first;
 #endif
+}
+
+static inline void store_row(float* to, Vec value) { store_vec(to, value); }
+
+static inline void store_row(bfloat16* to, Vec value) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(value));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = from_float<bfloat16>(value[i]);
+#endif
+}
 
 // The sum of a vector's lanes, as a tree.
 static inline float sum_of(Vec x) {
@@ -110,24 +166,39 @@ static void dot_rows(int64_t rows, int64_t few, int64_t width, const float* a, c
 
 enum class Into { kSet, kSetScaled, kAdd, kScaleAndAdd };
 
+// Work that has nothing to do with a product but is done in between its steps, so that the processor finds something
+// for the units that a product leaves idle.
+struct NoWork {
+  ALWAYS_INLINE void step() {}
+};
+
+constexpr int kWeaveSteps = 4;
+
 // One register tile of `product` below. A sum of `depth` products is rounded on its own before it joins what stands in
 // c, which keeps long sums accurate.
-template <Into kInto, int kTileRows, int kTileVectors, class Operand>
-static inline void product_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride,
-                                const float* column_scale) {
+template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Work>
+ALWAYS_INLINE static void product_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c,
+                                       int64_t c_stride, const float* column_scale, Work& work) {
   Vec sum[kTileRows][kTileVectors] = {};
-  for (int64_t d = 0; d < depth; ++d) {
+  const auto step = [&](int64_t d) ALWAYS_INLINE_LAMBDA {
     Vec column[kTileVectors];
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) column[v] = load_vec(b + d * b_stride + v * kLanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
       const Vec row = a.at(r, d);
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Operand::multiply_add(row, column[v], sum[r][v]);
     }
-  }
+  };
+  int64_t d = 0;
+  for (; d + kWeaveSteps <= depth; d += kWeaveSteps) {
 #pragma GCC unroll 8
+    for (int i = 0; i < kWeaveSteps; ++i) step(d + i);
+    work.step();
+  }
+  for (; d < depth; ++d) step(d);
+#pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < kTileVectors; ++v) {
@@ -141,39 +212,61 @@ static inline void product_tile(Operand a, const float* b, int64_t b_stride, int
   }
 }
 
-// The register tile: accumulators, one step's operands and little else in registers.
-// 4 x 4 + 4 + 1 of 32 (AVX-512), 4 x 2 + 2 + 1 of 16 (AVX2, SSE2).
-constexpr int kProductRows = 4;
+// The register tile: accumulators, one step's vectors of b and one element of a in registers.
+// 8 x 3 + 3 + 1 of 32 (AVX-512), 6 x 2 + 2 + 1 of 16 (AVX2, SSE2).
 #if defined(__AVX512F__)
-constexpr int kProductVectors = 4;
+constexpr int kProductRows = 8;
+constexpr int kProductVectors = 3;
 #else
+constexpr int kProductRows = 6;
 constexpr int kProductVectors = 2;
 #endif
 
+// All rows of a few vectors' columns: tiles of kTileRows rows, then halves of it.
+template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Work>
+ALWAYS_INLINE static void product_columns(int64_t rows, int64_t depth, Operand a, const float* b, int64_t b_stride,
+                                          float* c, int64_t c_stride, const float* column_scale, Work& work) {
+  int64_t r = 0;
+  for (; r + kTileRows <= rows; r += kTileRows)
+    product_tile<kInto, kTileRows, kTileVectors>(a.rows_from(r), b, b_stride, depth, c + r * c_stride, c_stride,
+                                                 column_scale, work);
+  if constexpr (kTileRows > 1)
+    if (r < rows)
+      product_columns<kInto, kTileRows / 2, kTileVectors>(rows - r, depth, a.rows_from(r), b, b_stride,
+                                                          c + r * c_stride, c_stride, column_scale, work);
+}
+
 // c (rows, cols) = or += a (rows, depth) b (depth, cols), b and c with contiguous columns, cols a multiple of kLanes.
-// kSetScaled: the product is multiplied by column_scale (cols); kScaleAndAdd: c is, before the product is added.
-template <Into kInto, class Operand = Broadcast>
+// kSetScaled: the product is multiplied by column_scale (cols); kScaleAndAdd: c is, before the product is added. `work`
+// is done on the way as far as there is room, and must not touch the operands.
+template <Into kInto, class Operand, class Work>
+__attribute__((noinline)) static void product(int64_t rows, int64_t cols, int64_t depth, Operand a, const float* b,
+                                              int64_t b_stride, float* c, int64_t c_stride, const float* column_scale,
+                                              Work& caller_work) {
+  Work work = caller_work;  // its own, and so in registers
+  // Vectors are divided evenly: 4 as 2 + 2, for a tile one vector wide would wait for its loads.
+  const int64_t vectors = cols / kLanes, tiles = ceil_div(vectors, kProductVectors);
+  for (int64_t tile = 0, x = 0; tile < tiles; ++tile) {
+    const int64_t end = vectors * (tile + 1) / tiles * kLanes;
+    const float* scale = column_scale == nullptr ? nullptr : column_scale + x;
+    const int64_t width = (end - x) / kLanes;
+    if (width == kProductVectors)
+      product_columns<kInto, kProductRows, kProductVectors>(rows, depth, a, b + x, b_stride, c + x, c_stride, scale,
+                                                            work);
+    else if (kProductVectors > 2 && width == 2)
+      product_columns<kInto, kProductRows, 2>(rows, depth, a, b + x, b_stride, c + x, c_stride, scale, work);
+    else
+      product_columns<kInto, 2 * kProductRows, 1>(rows, depth, a, b + x, b_stride, c + x, c_stride, scale, work);
+    x = end;
+  }
+  caller_work = work;
+}
+
+template <Into kInto, class Operand>
 static void product(int64_t rows, int64_t cols, int64_t depth, Operand a, const float* b, int64_t b_stride, float* c,
                     int64_t c_stride, const float* column_scale = nullptr) {
-  constexpr int kWide = kProductVectors * kLanes;
-  for (int64_t x = 0; x < cols;) {
-    const bool wide = x + kWide <= cols;
-    const float* scale = column_scale == nullptr ? nullptr : column_scale + x;
-    int64_t r = 0;
-    const auto to = [&](int64_t row) { return c + row * c_stride + x; };
-    if (wide) {
-      for (; r + kProductRows <= rows; r += kProductRows)
-        product_tile<kInto, kProductRows, kProductVectors>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride,
-                                                           scale);
-      for (; r < rows; ++r)
-        product_tile<kInto, 1, kProductVectors>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride, scale);
-    } else {
-      for (; r + 2 * kProductRows <= rows; r += 2 * kProductRows)
-        product_tile<kInto, 2 * kProductRows, 1>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride, scale);
-      for (; r < rows; ++r) product_tile<kInto, 1, 1>(a.rows_from(r), b + x, b_stride, depth, to(r), c_stride, scale);
-    }
-    x += wide ? kWide : kLanes;
-  }
+  NoWork work;
+  product<kInto>(rows, cols, depth, a, b, b_stride, c, c_stride, column_scale, work);
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

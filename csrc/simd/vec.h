@@ -39,4 +39,40 @@ static inline Vec mul_add(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// The larger of each lane's two; `b` where either is NaN.
+static inline Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// kLanes numbers of a tensor's dtype, widened.
+static inline Vec load_wide(const float* data) { return load_vec(data); }
+
+static inline Vec load_wide(const bfloat16* data) {
+#if defined(__AVX512F__)
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(data));
+  return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+#elif defined(__AVX2__)
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(data));
+  return reinterpret_cast<Vec>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+#else
+  return Vec{to_float(data[0]), to_float(data[1]), to_float(data[2]), to_float(data[3])};
+#endif
+}
+
+static inline Vec load_wide(const float16* data) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
+#else
+  return Vec{to_float(data[0]), to_float(data[1]), to_float(data[2]), to_float(data[3])};
+#endif
+}
+
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA
