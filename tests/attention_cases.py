@@ -132,6 +132,7 @@ def check(case: Case, isa: str | None = None, **options: Any) -> None:
             native_dtype=FP32,
             output_names=("out", "lse"),
             operands=operand_bits(case.dtype),
+            backward_operands=operand_bits(case.dtype),
         )
 
 

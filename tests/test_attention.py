@@ -267,7 +267,8 @@ def test_dropout_matches_the_oracle(case, p, isa):
         return flash(reference.attention, saved_bits(case.dtype), **tensors, **case.options(), **dropout)
 
     with gf.force(isa=isa):  # around the gradients too
-        compare(fast, oracle, case.tensors(), gradients=case.gradients, operands=operand_bits(case.dtype))
+        bits = operand_bits(case.dtype)
+        compare(fast, oracle, case.tensors(), gradients=case.gradients, operands=bits, backward_operands=bits)
 
 
 def test_dropout_follows_the_seed_and_drops_the_right_share():

@@ -127,6 +127,7 @@ def check(case: Packed, isa: str | None = None, **more: Any) -> None:
             native_dtype=FP32,
             output_names=("out", "lse"),
             operands=operand_bits(case.dtype),
+            backward_operands=operand_bits(case.dtype),
         )
 
 
