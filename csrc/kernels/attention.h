@@ -2,9 +2,9 @@
 // bf16 or fp16; everything in between is fp32.
 //     attention_block.h     blocks of queries, and which keys they see
 //     attention_scores.h    softcap, bias, ALiBi, masks, dropout on a tile
-//     attention_tile.h      packing and the matrix product
+//     tile.h, operands.h    packing and the matrix product, and what the element type means for them
 //     attention_work.h      strips of queries, and the units of work that they form
-//     attention_products.h  what the element type means for the products
+//     attention_products.h  queries in those products
 //     attention_softmax.h   the online softmax of a tile
 //     attention_forward.h, attention_backward.h, attention_backward_bias.h
 #pragma once

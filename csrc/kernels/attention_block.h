@@ -9,7 +9,7 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// A strip of queries is as wide as the register tile of a matrix product (attention_tile.h) or a small multiple of it;
+// A strip of queries is as wide as the register tile of a matrix product (tile.h) or a small multiple of it;
 // a tile of scores is kKeys x kQueries floats (12 KiB), so that at head size 64 it and a strip of q and of out (12 KiB
 // each) stay in a first-level cache while keys and values pass by. Both are multiples of every vector's length.
 constexpr int kQueries = 48;

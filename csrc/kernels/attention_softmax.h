@@ -18,9 +18,6 @@ static bool is_plain(const AttentionArgs& a) {
   return a.scale > 0.0f && a.softcap == 0.0f && !a.bias.defined && !a.alibi_slopes.defined && !a.sinks.defined;
 }
 
-// 1 / log(2): scores are natural, exponentials powers of two.
-constexpr float kLog2E = 1.44269504f;
-
 // What the scores are multiplied by in the exponent.
 static float exponent_factor(const AttentionArgs& a) { return is_plain(a) ? a.scale * kLog2E : kLog2E; }
 

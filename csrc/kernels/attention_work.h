@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/attention_scores.h"
-#include "kernels/attention_tile.h"
+#include "kernels/tile.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 

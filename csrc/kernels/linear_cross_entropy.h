@@ -23,9 +23,9 @@ namespace loss {
 constexpr int64_t kMaxTokens = 1024;
 constexpr int64_t kPackBytes = 4 << 20;
 
-// Rows of the weight per tile are fewer than kTileRows where their fp32 copy would pass a quarter of a
-// second-level cache.
-constexpr int64_t kWeightBytes = 256 << 10;
+// Rows of the weight per tile are fewer than kTileRows where their copy would pass half a second-level
+// cache.
+constexpr int64_t kWeightBytes = 512 << 10;
 
 // All the threads' private scratch; where the depth makes it larger, fewer threads work.
 constexpr int64_t kThreadBytes = 16 << 20;
@@ -39,9 +39,15 @@ static inline int64_t tokens_per_chunk(int64_t E) {
   return max_of(kCols, fitting / kCols * kCols);
 }
 
-static inline int64_t weight_panels(int64_t E) {
-  return max_of(1, min_of(kTilePanels, kWeightBytes / (4 * max_of(E, 1)) / kRows));
+template <class T>
+static int64_t weight_rows(int64_t E) {
+  const int64_t bytes = sizeof(typename Operands<T>::Element) * max_of(E, 1);
+  const int64_t fitting = kWeightBytes / bytes / kProductRows * kProductRows;
+  return max_of(kProductRows, min_of(kTileRows, fitting));
 }
+
+// Of a copied row: not a power of two, or all rows would fall into the same few lines of a first-level cache.
+static inline int64_t weight_stride(int64_t E) { return round_up(E, 16) + 16; }
 
 static inline int team_size(int threads, int64_t floats_per_thread) {
   const int64_t fitting = kThreadBytes / (4 * max_of(floats_per_thread, 1));
@@ -60,36 +66,39 @@ struct Counted {
   }
 };
 
-// One tile's rows of the weight: packed, with their bias and class weights.
+// One tile's rows of the weight: copied, with their bias and class weights.
+template <class T>
 struct WeightTile {
-  float* panels;  // kTileRows * E floats
+  using Element = typename Operands<T>::Element;
+  Element* rows;  // [kTileRows][weight_stride(E)]
   int64_t first, count;
   double class_weight_sum;
+  bool has_bias;
   float bias[kTileRows];
   float class_weight[kTileRows];
 
-  template <class T>
   void load(const LinearCrossEntropyArgs& a, const RowsOf<T>& weight, const Classes& classes, int64_t first_row,
-            int64_t rows) {
-    const int64_t E = a.weight.size[1];
-    first = first_row, count = rows;
-    for (int64_t i = 0; i * kRows < rows; ++i)
-      pack_rows_as_lanes(weight, first + i * kRows, min_of(kRows, rows - i * kRows), E, kRows, panels + i * E * kRows);
-    for (int64_t r = 0; r < rows; ++r)
-      bias[r] = a.bias.defined ? load_any(a.bias, (first + r) * a.bias.stride[0]) : 0.0f;
-    class_weight_sum = classes.smoothing > 0.0f ? classes.copy(first, rows, class_weight) : 0.0;
+            int64_t row_count) {
+    const int64_t E = a.weight.size[1], stride = weight_stride(E);
+    first = first_row, count = row_count, has_bias = a.bias.defined;
+    for (int64_t r = 0; r < count; ++r) {
+      copy_row(weight.row(first + r), weight.col_stride, E, rows + r * stride);
+      rows[r * stride + E] = Element{};  // the other of a pair
+      bias[r] = has_bias ? load_any(a.bias, (first + r) * a.bias.stride[0]) : 0.0f;
+    }
+    class_weight_sum = classes.smoothing > 0.0f ? classes.copy(first, count, class_weight) : 0.0;
   }
 
   // tile[r * kCols + c] = logit of row first + r and token c of a packed strip.
   void logits(const float* strip, int64_t E, float* tile) const {
-    gemm::multiply_panels(panels, ceil_div(count, kRows), strip, E, tile);
-    for (int64_t r = 0; r < count; ++r)
+    multiply_strip(typename Operands<T>::RowOperand{rows, weight_stride(E)}, count, strip, Operands<T>::depth(E), tile);
+    for (int64_t r = 0; has_bias && r < count; ++r)
       for (int c = 0; c < kCols; ++c) tile[r * kCols + c] += bias[r];
   }
 };
 
 // Statistics of a strip of tokens over a range of the vocabulary, token by lane.
-struct Lanes {
+struct alignas(64) Lanes {
   float best[kCols], origin[kCols];
   int64_t argmax[kCols];
   double sum[kCols], deviation[kCols];
@@ -105,26 +114,25 @@ struct Lanes {
   // is the sum of the class weights taken in so far.
   void take(float* tile, int64_t first, int64_t rows, const float* class_weight, double weight_before, const Cap& cap,
             bool smoothing) {
-    float largest[kCols], moved[kCols], tile_sum[kCols] = {};
-    int32_t where[kCols] = {};
-    for (int c = 0; c < kCols; ++c) largest[c] = -kInfinity;
-    for (int64_t r = 0; r < rows; ++r)
-      for (int c = 0; c < kCols; ++c) {
-        const float x = tile[r * kCols + c];
-        where[c] = x > largest[c] ? static_cast<int32_t>(r) : where[c];
-        largest[c] = x > largest[c] ? x : largest[c];
-      }
+    alignas(64) float largest[kCols], moved[kCols], tile_sum[kCols];
+    for (int lane = 0; lane < kCols; lane += kLanes) store_vec(largest + lane, largest_of(tile + lane, rows));
+    // A tile seldom has a new largest logit once some have passed, and only then is it looked for.
+    for (int c = 0; c < kCols; ++c) {
+      if (!(largest[c] > best[c])) continue;
+      int64_t row = 0;
+      while (tile[row * kCols + c] != largest[c]) ++row;
+      argmax[c] = first + row;
+    }
     if (cap.active())
       for (int64_t i = 0; i < rows * kCols; ++i) tile[i] = cap.softcap * tanh(tile[i] * cap.inverse);
     for (int c = 0; c < kCols; ++c) {
       const float before = cap(best[c]);
-      argmax[c] = largest[c] > best[c] ? first + where[c] : argmax[c];
       best[c] = largest[c] > best[c] ? largest[c] : best[c];
       moved[c] = origin_of(cap(best[c]));
       sum[c] *= rescale(before, origin[c], moved[c]);
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int c = 0; c < kCols; ++c) tile_sum[c] += exp(tile[r * kCols + c] - moved[c]);
+    for (int lane = 0; lane < kCols; lane += kLanes)
+      store_vec(tile_sum + lane, sum_of_exponentials(tile + lane, rows, load_vec(moved + lane)));
     for (int c = 0; c < kCols; ++c) sum[c] += tile_sum[c];
     if (smoothing) {
       float shift[kCols] = {};
@@ -142,6 +150,30 @@ struct Lanes {
     s.sum = sum[c], s.weight = weight, s.deviation = deviation[c];
     return s;
   }
+
+ private:
+  static constexpr int kChains = 4;  // independent of each other, so that none waits for its own last step
+
+  static Vec largest_of(const float* tile, int64_t rows) {
+    Vec largest[kChains];
+    for (Vec& x : largest) x = broadcast(-kInfinity);
+    int64_t r = 0;
+    for (; r + kChains <= rows; r += kChains)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) largest[i] = max(load_vec(tile + (r + i) * kCols), largest[i]);
+    for (; r < rows; ++r) largest[0] = max(load_vec(tile + r * kCols), largest[0]);
+    return max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+  }
+
+  static Vec sum_of_exponentials(const float* tile, int64_t rows, Vec origin) {
+    Vec sum[kChains] = {};
+    int64_t r = 0;
+    for (; r + kChains <= rows; r += kChains)
+#pragma GCC unroll 4
+      for (int i = 0; i < kChains; ++i) sum[i] += exp2((load_vec(tile + (r + i) * kCols) - origin) * kLog2E);
+    for (; r < rows; ++r) sum[0] += exp2((load_vec(tile + r * kCols) - origin) * kLog2E);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
 };
 
 template <class T>
@@ -156,11 +188,11 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
 
   const RowsOf<T> weight(a.weight, nullptr), hidden(a.hidden, counted.rows.get());
   const int64_t chunk = min_of(tokens_per_chunk(E), round_up(counted.count, kCols)), strips = chunk / kCols;
-  const int64_t tile_rows = weight_panels(E) * kRows;
+  const int64_t tile_rows = weight_rows<T>(E), thread_floats = tile_rows * weight_stride(E);
   const int64_t range_rows = round_up(max_of(kMinRangeRows, ceil_div(V, kMaxRanges)), tile_rows);
   const int64_t ranges = ceil_div(V, range_rows);
-  const int team = team_size(threads, tile_rows * E);
-  const Buffer<float> packed(chunk * E), scratch(team * tile_rows * E), target_z(chunk);
+  const int team = team_size(threads, thread_floats);
+  const Buffer<float> packed(strips * strip_size<T>(E)), scratch(team * thread_floats), target_z(chunk);
   const Buffer<Lanes> partial(ranges * strips);
   const Buffer<double> range_weight(ranges);
   const bool smoothing = classes.smoothing > 0.0f;
@@ -173,15 +205,15 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
     for (int64_t range = 0; range < ranges; ++range) {
       Lanes* lanes = partial.get() + range * strips;
       for (int64_t s = 0; s < used; ++s) lanes[s].clear();
-      WeightTile rows;
-      rows.panels = scratch.get() + omp_get_thread_num() * tile_rows * E;
+      WeightTile<T> rows;
+      rows.rows = reinterpret_cast<typename WeightTile<T>::Element*>(scratch.get() + omp_get_thread_num() * thread_floats);
       double weight_before = 0.0;
       const int64_t end = min_of(V, (range + 1) * range_rows);
       for (int64_t v = range * range_rows; v < end; v += tile_rows) {
         rows.load(a, weight, classes, v, min_of(tile_rows, end - v));
         for (int64_t s = 0; s < used; ++s) {
           alignas(64) float tile[kTileRows * kCols];
-          rows.logits(packed.get() + s * E * kCols, E, tile);
+          rows.logits(packed.get() + s * strip_size<T>(E), E, tile);
           lanes[s].take(tile, v, rows.count, rows.class_weight, weight_before, cap, smoothing);
           for (int64_t c = 0; c < min_of(kCols, tokens - s * kCols); ++c) {
             const int64_t r = at<int64_t>(a.target, counted.rows[n + s * kCols + c]) - v;

@@ -21,7 +21,7 @@ constexpr int64_t kHiddenSumBytes = 16 << 20;
 
 // What a gradient tile needs of its tokens, lane by lane.
 struct TokenSlopes {
-  float p[kCols], all[kCols], lse[kCols], lse_low[kCols];
+  alignas(64) float p[kCols], all[kCols], lse[kCols], lse_low[kCols];
   int64_t row[kCols], label[kCols];  // row -1 and label -1 in unused lanes
 
   void load(const LinearCrossEntropyArgs& a, const Classes& classes, const int64_t* rows, int64_t count) {
@@ -36,28 +36,72 @@ struct TokenSlopes {
     }
   }
 
-  // gradient[r * stride + c] of the logits in the tile.
-  void gradient(const LinearCrossEntropyArgs& a, const Classes& classes, const Cap& cap, const WeightTile& weight,
-                const float* tile, float* gradient, int64_t stride) const {
-    for (int64_t r = 0; r < weight.count; ++r) {
-      const float* x = tile + r * kCols;
-      float* to = gradient + r * stride;
-      const float w = classes.smoothing > 0.0f ? weight.class_weight[r] : 0.0f;
-      if (cap.active())
-        for (int c = 0; c < kCols; ++c) {
-          const TanhAndSlope t = tanh_and_slope(x[c] * cap.inverse);
-          to[c] = t.slope * (p[c] * exp((cap.softcap * t.value - lse[c]) - lse_low[c]) - all[c] * w);
-        }
-      else
-        for (int c = 0; c < kCols; ++c) to[c] = p[c] * exp((x[c] - lse[c]) - lse_low[c]) - all[c] * w;
-    }
+  // Turns a tile of logits into their gradients.
+  template <class T>
+  void differentiate(const LinearCrossEntropyArgs& a, const Classes& classes, const Cap& cap,
+                     const WeightTile<T>& weight, float* tile) const {
+    float of_label[kCols];
     for (int c = 0; c < kCols; ++c) {
       const int64_t r = label[c] - weight.first;
       if (r < 0 || r >= weight.count) continue;
       const float x = tile[r * kCols + c];
       const float slope = cap.active() ? tanh_and_slope(x * cap.inverse).slope : 1.0f;
-      gradient[r * stride + c] = slope * Slopes(a, classes, row[c]).label(exp((cap(x) - lse[c]) - lse_low[c]));
+      of_label[c] = slope * Slopes(a, classes, row[c]).label(exp((cap(x) - lse[c]) - lse_low[c]));
     }
+    for (int64_t r = 0; r < weight.count; ++r) {
+      float* x = tile + r * kCols;
+      const float w = classes.smoothing > 0.0f ? weight.class_weight[r] : 0.0f;
+      if (cap.active()) {
+        for (int c = 0; c < kCols; ++c) {
+          const TanhAndSlope t = tanh_and_slope(x[c] * cap.inverse);
+          x[c] = t.slope * (p[c] * exp((cap.softcap * t.value - lse[c]) - lse_low[c]) - all[c] * w);
+        }
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kCols; lane += kLanes) {
+        const Vec z = (load_vec(x + lane) - load_vec(lse + lane)) - load_vec(lse_low + lane);
+        const Vec dz = load_vec(p + lane) * exp2(z * kLog2E);
+        store_vec(x + lane, w == 0.0f ? dz : dz - load_vec(all + lane) * w);
+      }
+    }
+    for (int c = 0; c < kCols; ++c) {
+      const int64_t r = label[c] - weight.first;
+      if (r >= 0 && r < weight.count) tile[r * kCols + c] = of_label[c];
+    }
+  }
+};
+
+// The gradients G of a chunk's logits as the products take them: rows (class, token) for the weight's gradient, and for
+// hidden's the same fp32 rows or, with bf16, pairs of classes.
+template <class T>
+struct LogitGradient {
+  using Element = typename Operands<T>::Element;
+  static constexpr bool kPairs = Operands<T>::kPairs;
+  Element* rows;   // [class][stride]
+  float* columns;  // [class / 2][stride], or null
+  int64_t stride;
+
+  // A tile of gradients, (count, kCols), whose first class is even.
+  void store(const float* tile, int64_t count, int64_t first, int64_t column) const {
+    for (int64_t r = 0; r < count; r += 2)
+#pragma GCC unroll 4
+      for (int lane = 0; lane < kCols; lane += kLanes) {
+        const float* from = tile + r * kCols + lane;
+        const int64_t to = (first + r) * stride + column + lane;
+        const Vec low = load_vec(from), high = r + 1 < count ? load_vec(from + kCols) : Vec{};
+        gpt4v_fast::GPT4V_FAST_ISA::store_row(rows + to, low);
+        if (r + 1 < count) gpt4v_fast::GPT4V_FAST_ISA::store_row(rows + to + stride, high);
+        if (kPairs) store_vec(columns + (first + r) / 2 * stride + column + lane, pair_of(low, high));
+      }
+  }
+  typename Operands<T>::RowOperand of_classes(int64_t first) const { return {rows + first * stride, stride}; }
+  // Tokens [first, first + count) as rows, all classes as depth, copied to where they are close together.
+  typename Operands<T>::ColumnOperand of_tokens(int64_t first, int64_t count, int64_t classes, float* scratch) const {
+    const float* from = (kPairs ? columns : reinterpret_cast<const float*>(rows)) + first;
+    for (int64_t d = 0; d < Operands<T>::depth(classes); ++d)
+      std::memcpy(scratch + d * kTileRows, from + d * stride, count * sizeof(float));
+    return {reinterpret_cast<const Element*>(scratch), kTileRows * int64_t{sizeof(float) / sizeof(Element)}};
   }
 };
 
@@ -91,15 +135,18 @@ class LinearBackward {
         E(args.hidden.size[1]),
         V(args.weight.size[0]),
         chunk(min_of(tokens_per_chunk(E), round_up(max_of(rows.count, 1), kCols))),
-        tile_rows(weight_panels(E) * kRows),
+        tile_rows(weight_rows<T>(E)),
         classes_per_chunk(min_of(round_up(V, tile_rows), classes_in_chunk())),
-        thread_floats(max_of(tile_rows * E, kTileRows * max_of(chunk, classes_per_chunk))),
+        thread_floats(max_of(tile_rows * weight_stride(E), kTileRows * classes_per_chunk)),
         team(team_size(threads, thread_floats)),
         scratch(team * thread_floats),
-        token_lanes(chunk * E),
-        token_columns(args.grad_weight.defined ? chunk * round_up(E, kCols) : 0),
-        weight_columns(args.grad_hidden.defined ? classes_per_chunk * round_up(E, kCols) : 0),
-        gradient(classes_per_chunk * chunk),
+        token_lanes(chunk / kCols * strip_size<T>(E)),
+        token_columns(args.grad_weight.defined ? ceil_div(E, kCols) * strip_size<T>(chunk) : 0),
+        weight_columns(args.grad_hidden.defined ? ceil_div(E, kCols) * strip_size<T>(classes_per_chunk) : 0),
+        gradient_rows(classes_per_chunk * chunk),
+        gradient_columns(LogitGradient<T>::kPairs ? classes_per_chunk / 2 * chunk : 0),
+        gradient{gradient_rows.get(), gradient_columns.get(), chunk},
+        bias_sums(args.grad_bias.defined ? classes_per_chunk * (chunk / kCols) : 0),
         slopes(chunk / kCols),
         hidden_sums(args.grad_hidden.defined && !holds_sums(args.grad_hidden) ? tokens_per_group() * E : 0),
         weight_sums(args.grad_weight.defined && !holds_sums(args.grad_weight) ? classes_per_chunk * E : 0) {}
@@ -154,8 +201,11 @@ class LinearBackward {
             hidden_target.index = own_sums ? nullptr : counted.rows.get() + n;
             Target target = hidden_target;
             if (own_sums) target.data += (n - begin) * E;
-            add_product_by_team({gradient.get(), 1, chunk}, tokens, rows, weight_columns.get(), E, target,
-                                own_scratch());
+            const auto left = [&](int64_t first, int64_t count) {
+              return gradient.of_tokens(first, count, rows, own_scratch());
+            };
+            add_product_by_team(left, tokens, Operands<T>::depth(rows), weight_columns.get(), strip_size<T>(rows), E,
+                                target);
           }
           if (of_rows) add_to_rows_by_team(v, rows, n, tokens);
         }
@@ -170,7 +220,7 @@ class LinearBackward {
     }
   }
 
-  // gradient[r * chunk + c]: the logits' gradient for class v + r and counted token n + c.
+  // The gradients of the logits of classes v + r and counted tokens n + c; and their sums over each strip of tokens.
   void gradient_by_team(int64_t v, int64_t rows, int64_t n, int64_t tokens) {
     const int64_t strips = ceil_div(tokens, kCols), strip_tasks = ceil_div(strips, kTaskStrips);
     pack_tokens_by_team(hidden, n, tokens, E, token_lanes.get());
@@ -180,13 +230,19 @@ class LinearBackward {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < ceil_div(rows, tile_rows) * strip_tasks; ++task) {
       const int64_t first = task / strip_tasks * tile_rows, first_strip = task % strip_tasks * kTaskStrips;
-      WeightTile tile_weight;
-      tile_weight.panels = own_scratch();
+      WeightTile<T> tile_weight;
+      tile_weight.rows = reinterpret_cast<typename WeightTile<T>::Element*>(own_scratch());
       tile_weight.load(a, weight, classes, v + first, min_of(tile_rows, rows - first));
       for (int64_t s = first_strip; s < min_of(first_strip + kTaskStrips, strips); ++s) {
         alignas(64) float tile[kTileRows * kCols];
-        tile_weight.logits(token_lanes.get() + s * E * kCols, E, tile);
-        slopes[s].gradient(a, classes, cap, tile_weight, tile, gradient.get() + first * chunk + s * kCols, chunk);
+        tile_weight.logits(token_lanes.get() + s * strip_size<T>(E), E, tile);
+        slopes[s].differentiate(a, classes, cap, tile_weight, tile);
+        gradient.store(tile, tile_weight.count, first, s * kCols);
+        for (int64_t r = 0; a.grad_bias.defined && r < tile_weight.count; ++r) {
+          Vec sum = {};
+          for (int lane = 0; lane < kCols; lane += kLanes) sum += load_vec(tile + r * kCols + lane);
+          bias_sums[(first + r) * (chunk / kCols) + s] = sum_of(sum);
+        }
       }
     }
   }
@@ -208,17 +264,16 @@ class LinearBackward {
     if (a.grad_bias.defined) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; ++r) {
-        const float* row = gradient.get() + r * chunk;
         float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t c = 0; c < tokens; ++c) sum += row[c];
+        for (int64_t s = 0; s < ceil_div(tokens, kCols); ++s) sum += bias_sums[r * (chunk / kCols) + s];
         at<float>(a.grad_bias, v + r) += sum;
       }
     }
     if (!a.grad_weight.defined) return;
     pack_columns_by_team(hidden, n, tokens, E, token_columns.get());
-    add_product_by_team({gradient.get(), chunk, 1}, rows, tokens, token_columns.get(), E, weight_target(v),
-                        own_scratch());
+    const auto left = [&](int64_t first, int64_t) { return gradient.of_classes(first); };
+    add_product_by_team(left, rows, Operands<T>::depth(tokens), token_columns.get(), strip_size<T>(tokens), E,
+                        weight_target(v));
   }
 
   void store_weight_by_team(int64_t v, int64_t rows) {
@@ -235,7 +290,11 @@ class LinearBackward {
   const RowsOf<T> weight, hidden;
   const int64_t E, V, chunk, tile_rows, classes_per_chunk, thread_floats;
   const int team;
-  const Buffer<float> scratch, token_lanes, token_columns, weight_columns, gradient;
+  const Buffer<float> scratch, token_lanes, token_columns, weight_columns;
+  const Buffer<typename Operands<T>::Element> gradient_rows;
+  const Buffer<float> gradient_columns;
+  const LogitGradient<T> gradient;
+  const Buffer<float> bias_sums;  // [class][strip]
   const Buffer<TokenSlopes> slopes;
   const Buffer<float> hidden_sums, weight_sums;
 };

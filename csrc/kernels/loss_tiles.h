@@ -1,23 +1,22 @@
-// The matrix side of linear cross-entropy: rows of a matrix packed into panels, and products of packed panels
-// that are shared out over a team of threads. Functions named *_by_team hold an orphaned `omp for` and are
-// called by every thread.
+// The matrix side of linear cross-entropy: tokens or features packed into strips of vectors, and products of them with
+// rows that are broadcast (tile.h, operands.h), shared out over a team of threads. Functions named *_by_team hold an
+// orphaned `omp for` and are called by every thread.
 #pragma once
 
-#include "kernels/gemm.h"
 #include "kernels/loss.h"
-#include "simd/buffer.h"
+#include "kernels/operands.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 
-using gemm::kCols;
-using gemm::kRows;
+// A strip is as wide as the register tile of a product; a tile of kTileRows rows of a strip is 12 KiB with AVX-512.
+constexpr int kCols = kProductVectors * kLanes;
+constexpr int64_t kTileRows = 64 / kProductRows * kProductRows;
 
-// Row panels of one tile: 64 rows (60 without AVX-512) of kCols sums are 12 KiB of first-level cache.
-constexpr int64_t kTilePanels = 64 / kRows;
-constexpr int64_t kTileRows = kTilePanels * kRows;
+// Steps of one product: a strip of so many is 24 KiB with AVX-512, half a first-level cache, while a tile's rows pass
+// by; and no more than so many terms (pairs of them with bf16) are added up in one go, which keeps long sums accurate.
+constexpr int64_t kDepth = 192;
 
-// Column panels that a task passes its packed rows by: packing 64 rows is then 1/384 of the task's
-// multiply-adds, and a chunk of 1,024 by 1,024 still gives 100 tasks and more.
+// Strips of columns that a task passes its copied rows by: a chunk of 1,024 by 1,024 still gives 40 tasks and more.
 constexpr int64_t kTaskStrips = 8;
 
 // Some rows of a matrix, all of them or those that an index names.
@@ -32,49 +31,85 @@ struct RowsOf {
   const T* row(int64_t i) const { return data + (index == nullptr ? i : index[i]) * row_stride; }
 };
 
-// to[e * width + r] = source(first + r, e) for r < count, 0 for the other r < width: the rows become lanes.
+// Floats that a strip of vectors takes, `count` being what is summed over.
 template <class T>
-static void pack_rows_as_lanes(const RowsOf<T>& source, int64_t first, int64_t count, int64_t E, int64_t width,
-                               float* to) {
-  for (int64_t r = 0; r < width; ++r) {
-    if (r >= count) {
-      for (int64_t e = 0; e < E; ++e) to[e * width + r] = 0.0f;
-      continue;
+static int64_t strip_size(int64_t count) {
+  return round_up(Operands<T>::depth(count), kLanes) * kCols;
+}
+
+// A copy of row elements in the type that products take them in.
+template <class T, class Element>
+static void copy_row(const T* from, int64_t stride, int64_t count, Element* to) {
+  if constexpr (sizeof(T) != sizeof(Element))
+    pack<T>({from, 0, stride}, 1, count, to, count);
+  else if (stride == 1)
+    std::memcpy(to, from, count * sizeof(T));
+  else
+    for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
+}
+
+// Strips of kCols rows, each packed with its rows as lanes: strip s stands at to + s * strip_size, element (row, e) at
+// [e][row], or with pairs (e, e + 1) at [e / 2][row]. Lanes and elements past the end are zeros.
+template <class T>
+static void pack_tokens_by_team(const RowsOf<T>& source, int64_t first, int64_t count, int64_t E, float* to) {
+  using Element = typename Operands<T>::Element;
+  constexpr int64_t kStep = 64 * sizeof(float) / sizeof(Element);  // elements of a row at a time: 64 floats or pairs
+#pragma omp for schedule(static)
+  for (int64_t s = 0; s < ceil_div(count, kCols); ++s) {
+    const int64_t rows = min_of(kCols, count - s * kCols);
+    for (int64_t e = 0; e < E; e += kStep) {
+      alignas(64) Element block[kCols * kStep];
+      const int64_t used = min_of(kStep, E - e);
+      if (rows < kCols || used < kStep) std::memset(block, 0, sizeof(block));
+      for (int64_t r = 0; r < rows; ++r)
+        copy_row(source.row(first + s * kCols + r) + e * source.col_stride, source.col_stride, used, block + r * kStep);
+      transpose(reinterpret_cast<const float*>(block), 64, kCols, Operands<T>::depth(used),
+                to + s * strip_size<T>(E) + Operands<T>::depth(e) * kCols, kCols);
     }
-    const T* row = source.row(first + r);
-    for (int64_t e = 0; e < E; ++e) to[e * width + r] = to_float(row[e * source.col_stride]);
   }
 }
 
-// Strips of kCols rows, each packed with its rows as lanes: strip s stands at to + s * E * kCols.
-template <class T>
-static void pack_tokens_by_team(const RowsOf<T>& source, int64_t first, int64_t count, int64_t E, float* to) {
-#pragma omp for schedule(static)
-  for (int64_t s = 0; s < ceil_div(count, kCols); ++s)
-    pack_rows_as_lanes(source, first + s * kCols, min_of(kCols, count - s * kCols), E, kCols, to + s * E * kCols);
-}
-
-// Strips of kCols columns: to[(s * rows + r) * kCols + c] = source(first + r, s * kCols + c), 0 past the last
-// column.
+// Strips of kCols columns: element (r, e) at strip e / kCols, [r][e mod kCols], or with pairs of rows [r / 2]; zeros past
+// the last column and row.
 template <class T>
 static void pack_columns_by_team(const RowsOf<T>& source, int64_t first, int64_t rows, int64_t E, float* to) {
 #pragma omp for schedule(static)
   for (int64_t s = 0; s < ceil_div(E, kCols); ++s) {
-    const int64_t e = s * kCols, count = min_of(kCols, E - e);
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* row = source.row(first + r) + e * source.col_stride;
-      float* panel = to + (s * rows + r) * kCols;
-      for (int64_t c = 0; c < count; ++c) panel[c] = to_float(row[c * source.col_stride]);
-      for (int64_t c = count; c < kCols; ++c) panel[c] = 0.0f;
+    const int64_t e = s * kCols * source.col_stride, count = min_of(kCols, E - s * kCols);
+    float* strip = to + s * strip_size<T>(rows);
+    if constexpr (Operands<T>::kPairs) {
+      for (int64_t r = 0; r < rows; r += 2) {
+        uint32_t* pairs = reinterpret_cast<uint32_t*>(strip + r / 2 * kCols);
+        const T* low = source.row(first + r) + e;
+        const T* high = r + 1 < rows ? source.row(first + r + 1) + e : nullptr;
+        if (high != nullptr && source.col_stride == 1)
+          interleave(low, high, count, pairs);
+        else
+          for (int64_t c = 0; c < count; ++c)
+            pairs[c] = low[c * source.col_stride].bits |
+                       (high == nullptr ? 0u : static_cast<uint32_t>(high[c * source.col_stride].bits) << 16);
+        for (int64_t c = count; c < kCols; ++c) pairs[c] = 0;
+      }
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        pack<T>({source.row(first + r) + e, 0, source.col_stride}, 1, count, strip + r * kCols, kCols);
     }
   }
 }
 
-// A left operand of fp32 in memory: element (row, d) is data[row * row_stride + d * depth_stride].
-struct Left {
-  const float* data;
-  int64_t row_stride, depth_stride;
-};
+// tile (rows, kCols) = left (rows, depth) strip, a stretch of the depth at a time.
+template <class Operand>
+static void multiply_strip(Operand left, int64_t rows, const float* strip, int64_t depth, float* tile) {
+  const int64_t parts = max_of(1, ceil_div(depth, kDepth));
+  for (int64_t part = 0, d = 0; part < parts; ++part) {
+    const int64_t end = depth * (part + 1) / parts;
+    if (part == 0)
+      product<Into::kSet>(rows, kCols, end, left, strip, kCols, tile, kCols);
+    else
+      product<Into::kAdd>(rows, kCols, end - d, left.depth_from(d), strip + d * kCols, kCols, tile, kCols);
+    d = end;
+  }
+}
 
 // Where a product goes: row i is data + (index == null ? i : index[i]) * stride.
 struct Target {
@@ -84,26 +119,21 @@ struct Target {
   float* row(int64_t i) const { return data + (index == nullptr ? i : index[i]) * stride; }
 };
 
-// target(i, e) += sum over d of left(i, d) * right(d, e), with right packed by pack_columns_by_team. Each sum
-// is one thread's, in an order that depends on the sizes alone. `scratch` is the thread's own: kTileRows *
-// depth floats.
-static void add_product_by_team(const Left& left, int64_t rows, int64_t depth, const float* right, int64_t E,
-                                const Target& target, float* scratch) {
+// target(i, e) += sum over d of left(i, d) * right(d, e), with right packed by pack_columns_by_team, whose strips take
+// `strip_floats`. `left(first, count)` is the operand of some rows; it may copy them to the thread's own scratch. Each
+// sum is one thread's, in an order that depends on the sizes alone.
+template <class Left>
+static void add_product_by_team(const Left& left, int64_t rows, int64_t depth, const float* right, int64_t strip_floats,
+                                int64_t E, const Target& target) {
   const int64_t strips = ceil_div(E, kCols), strip_tasks = ceil_div(strips, kTaskStrips);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < ceil_div(rows, kTileRows) * strip_tasks; ++task) {
     const int64_t first = task / strip_tasks * kTileRows, count = min_of(kTileRows, rows - first);
-    const int64_t panels = ceil_div(count, kRows);
-    for (int64_t i = 0; i < panels; ++i)
-      for (int64_t d = 0; d < depth; ++d)
-        for (int64_t r = 0; r < kRows; ++r) {
-          const int64_t row = first + min_of(i * kRows + r, count - 1);
-          scratch[(i * depth + d) * kRows + r] = left.data[row * left.row_stride + d * left.depth_stride];
-        }
+    const auto operand = left(first, count);
     const int64_t first_strip = task % strip_tasks * kTaskStrips;
     for (int64_t s = first_strip; s < min_of(first_strip + kTaskStrips, strips); ++s) {
       alignas(64) float tile[kTileRows * kCols];
-      gemm::multiply_panels(scratch, panels, right + s * depth * kCols, depth, tile);
+      multiply_strip(operand, count, right + s * strip_floats, depth, tile);
       const int64_t columns = min_of(kCols, E - s * kCols);
       for (int64_t r = 0; r < count; ++r) {
         float* to = target.row(first + r) + s * kCols;

@@ -29,6 +29,9 @@ static inline Vec reduce(Vec x, Vec* shifted) {
   return mul_add(n, broadcast(2.12194440e-4f), mul_add(n, broadcast(-0.693359375f), x));
 }
 
+// 1 / log(2), for e^x = 2^(x / log(2)).
+constexpr float kLog2E = 1.44269504f;
+
 // 2^x for x < 128, relative error 1.9e-7; 0 below -126 (avx512: below -150); a NaN stays a NaN. x = n + f with
 // n = floor(x): 2^f is a polynomial, minimax on [0, 1] (9.2e-8) among those with 2^0 = 1 and 2^1 = 2, so that factors
 // near 1, of which a running sum meets many, have no error of one sign. As few instructions as possible: beside matrix

@@ -1,5 +1,5 @@
-// The parts of the attention kernels that know nothing of attention: tiles copied to fp32 scratch, and one matrix
-// product over them.
+// Tiles of matrices, and one product over them, for the kernels that are mostly products: rows are copied or
+// transposed into scratch, one operand is broadcast element by element and the other stands in vectors.
 #pragma once
 
 #include "simd/buffer.h"
@@ -82,6 +82,7 @@ struct Broadcast {
   int64_t stride;
 
   Broadcast rows_from(int64_t r) const { return {data + (kAlong == Along::kDepth ? r * stride : r), stride}; }
+  Broadcast depth_from(int64_t d) const { return {data + (kAlong == Along::kDepth ? d : d * stride), stride}; }
   Vec at(int64_t r, int64_t d) const {
     return broadcast(kAlong == Along::kDepth ? data[r * stride + d] : data[r + d * stride]);
   }
@@ -97,6 +98,7 @@ struct BroadcastPairs {
   int64_t stride;
 
   BroadcastPairs rows_from(int64_t r) const { return {data + (kAlong == Along::kDepth ? r * stride : 2 * r), stride}; }
+  BroadcastPairs depth_from(int64_t d) const { return {data + (kAlong == Along::kDepth ? 2 * d : d * stride), stride}; }
   Vec at(int64_t r, int64_t d) const {
     float pair;  // only its bits count
     std::memcpy(&pair, data + (kAlong == Along::kDepth ? r * stride + 2 * d : 2 * r + d * stride), sizeof(pair));
