@@ -57,10 +57,10 @@ static inline int team_size(int threads, int64_t floats_per_thread) {
 // The rows that count, in order.
 struct Counted {
   Buffer<int64_t> rows;
-  int64_t count = 0;
+  int64_t count = 0, rows_of_call;
 
   template <class Args>
-  Counted(const Args& a, const Classes& classes, int64_t N) : rows(N) {
+  Counted(const Args& a, const Classes& classes, int64_t N) : rows(N), rows_of_call(N) {
     for (int64_t row = 0; row < N; ++row)
       if (classes.counted(at<int64_t>(a.target, row))) rows[count++] = row;
   }
@@ -91,7 +91,8 @@ struct WeightTile {
 
   // tile[r * kCols + c] = logit of row first + r and token c of a packed strip.
   void logits(const float* strip, int64_t E, float* tile) const {
-    multiply_strip(typename Operands<T>::RowOperand{rows, weight_stride(E)}, count, strip, Operands<T>::depth(E), tile);
+    multiply_strip(typename Operands<T>::RowOperand{rows, weight_stride(E)}, count, strip, Operands<T>::depth(E), false,
+                   tile, kCols);
     for (int64_t r = 0; has_bias && r < count; ++r)
       for (int c = 0; c < kCols; ++c) tile[r * kCols + c] += bias[r];
   }

@@ -183,31 +183,28 @@ class LinearBackward {
       const bool own_sums = of_hidden && !holds_sums(a.grad_hidden);
       Target hidden_target{own_sums ? hidden_sums.get() : row_of<float>(a.grad_hidden, 0),
                            own_sums ? E : a.grad_hidden.stride[0], nullptr};
-      if (of_hidden) {
-#pragma omp for schedule(static)
-        for (int64_t n = begin; n < end; ++n) {
-          float* row = own_sums ? hidden_target.row(n - begin) : hidden_target.row(counted.rows[n]);
-          for (int64_t e = 0; e < E; ++e) row[e] = 0.0f;
-        }
-      }
       for (int64_t v = 0; v < V; v += classes_per_chunk) {
         const int64_t rows = min_of(classes_per_chunk, V - v);
         if (of_hidden) pack_columns_by_team(weight, v, rows, E, weight_columns.get());
-        if (of_rows) clear_weight_sums_by_team(v, rows);
+        if (of_rows && begin == end) clear_rows_by_team(v, rows);
         for (int64_t n = begin; n < end; n += chunk) {
           const int64_t tokens = min_of(chunk, end - n);
           gradient_by_team(v, rows, n, tokens);
           if (of_hidden) {
-            hidden_target.index = own_sums ? nullptr : counted.rows.get() + n;
             Target target = hidden_target;
-            if (own_sums) target.data += (n - begin) * E;
+            if (own_sums)
+              target.data += (n - begin) * E;
+            else if (counted.count == counted.rows_of_call)
+              target.data += n * target.stride;
+            else
+              target.index = counted.rows.get() + n;
             const auto left = [&](int64_t first, int64_t count) {
               return gradient.of_tokens(first, count, rows, own_scratch());
             };
-            add_product_by_team(left, tokens, Operands<T>::depth(rows), weight_columns.get(), strip_size<T>(rows), E,
-                                target);
+            product_by_team(left, tokens, Operands<T>::depth(rows), weight_columns.get(), strip_size<T>(rows), E, v > 0,
+                            target);
           }
-          if (of_rows) add_to_rows_by_team(v, rows, n, tokens);
+          if (of_rows) take_rows_by_team(v, rows, tokens, n > begin);
         }
         if (of_rows) store_weight_by_team(v, rows);
       }
@@ -223,10 +220,14 @@ class LinearBackward {
   // The gradients of the logits of classes v + r and counted tokens n + c; and their sums over each strip of tokens.
   void gradient_by_team(int64_t v, int64_t rows, int64_t n, int64_t tokens) {
     const int64_t strips = ceil_div(tokens, kCols), strip_tasks = ceil_div(strips, kTaskStrips);
-    pack_tokens_by_team(hidden, n, tokens, E, token_lanes.get());
+    // Tokens that are a single chunk are packed once for the whole vocabulary.
+    if (v == 0 || counted.count > chunk) {
+      pack_tokens_by_team(hidden, n, tokens, E, token_lanes.get());
+      if (a.grad_weight.defined) pack_columns_by_team(hidden, n, tokens, E, token_columns.get());
 #pragma omp for schedule(static)
-    for (int64_t s = 0; s < strips; ++s)
-      slopes[s].load(a, classes, counted.rows.get() + n + s * kCols, min_of(kCols, tokens - s * kCols));
+      for (int64_t s = 0; s < strips; ++s)
+        slopes[s].load(a, classes, counted.rows.get() + n + s * kCols, min_of(kCols, tokens - s * kCols));
+    }
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < ceil_div(rows, tile_rows) * strip_tasks; ++task) {
       const int64_t first = task / strip_tasks * tile_rows, first_strip = task % strip_tasks * kTaskStrips;
@@ -252,28 +253,30 @@ class LinearBackward {
     return {weight_sums.get(), E, nullptr};
   }
 
-  void clear_weight_sums_by_team(int64_t v, int64_t rows) {
+  // Where no token counts.
+  void clear_rows_by_team(int64_t v, int64_t rows) {
 #pragma omp for schedule(static)
     for (int64_t r = 0; r < rows; ++r) {
       if (a.grad_bias.defined) at<float>(a.grad_bias, v + r) = 0.0f;
-      for (int64_t e = 0; a.grad_weight.defined && e < E; ++e) weight_target(v).row(r)[e] = 0.0f;
+      if (a.grad_weight.defined) std::memset(weight_target(v).row(r), 0, E * sizeof(float));
     }
   }
 
-  void add_to_rows_by_team(int64_t v, int64_t rows, int64_t n, int64_t tokens) {
+  // Sets the sums of the weight's and the bias's gradients to those of a chunk of tokens, or adds them.
+  void take_rows_by_team(int64_t v, int64_t rows, int64_t tokens, bool add) {
     if (a.grad_bias.defined) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; ++r) {
         float sum = 0.0f;
         for (int64_t s = 0; s < ceil_div(tokens, kCols); ++s) sum += bias_sums[r * (chunk / kCols) + s];
-        at<float>(a.grad_bias, v + r) += sum;
+        float& total = at<float>(a.grad_bias, v + r);
+        total = add ? total + sum : sum;
       }
     }
     if (!a.grad_weight.defined) return;
-    pack_columns_by_team(hidden, n, tokens, E, token_columns.get());
     const auto left = [&](int64_t first, int64_t) { return gradient.of_classes(first); };
-    add_product_by_team(left, rows, Operands<T>::depth(tokens), token_columns.get(), strip_size<T>(tokens), E,
-                        weight_target(v));
+    product_by_team(left, rows, Operands<T>::depth(tokens), token_columns.get(), strip_size<T>(tokens), E, add,
+                    weight_target(v));
   }
 
   void store_weight_by_team(int64_t v, int64_t rows) {

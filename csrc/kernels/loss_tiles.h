@@ -97,16 +97,18 @@ static void pack_columns_by_team(const RowsOf<T>& source, int64_t first, int64_t
   }
 }
 
-// tile (rows, kCols) = left (rows, depth) strip, a stretch of the depth at a time.
+// tile (rows, kCols) = or, with `add`, += left (rows, depth) strip, a stretch of the depth at a time.
 template <class Operand>
-static void multiply_strip(Operand left, int64_t rows, const float* strip, int64_t depth, float* tile) {
+static void multiply_strip(Operand left, int64_t rows, const float* strip, int64_t depth, bool add, float* tile,
+                           int64_t tile_stride) {
   const int64_t parts = max_of(1, ceil_div(depth, kDepth));
   for (int64_t part = 0, d = 0; part < parts; ++part) {
     const int64_t end = depth * (part + 1) / parts;
-    if (part == 0)
-      product<Into::kSet>(rows, kCols, end, left, strip, kCols, tile, kCols);
+    const float* from = strip + d * kCols;
+    if (add || part > 0)
+      product<Into::kAdd>(rows, kCols, end - d, left.depth_from(d), from, kCols, tile, tile_stride);
     else
-      product<Into::kAdd>(rows, kCols, end - d, left.depth_from(d), strip + d * kCols, kCols, tile, kCols);
+      product<Into::kSet>(rows, kCols, end - d, left.depth_from(d), from, kCols, tile, tile_stride);
     d = end;
   }
 }
@@ -119,12 +121,12 @@ struct Target {
   float* row(int64_t i) const { return data + (index == nullptr ? i : index[i]) * stride; }
 };
 
-// target(i, e) += sum over d of left(i, d) * right(d, e), with right packed by pack_columns_by_team, whose strips take
-// `strip_floats`. `left(first, count)` is the operand of some rows; it may copy them to the thread's own scratch. Each
-// sum is one thread's, in an order that depends on the sizes alone.
+// target(i, e) = or, with `add`, += sum over d of left(i, d) * right(d, e), with right packed by pack_columns_by_team,
+// whose strips take `strip_floats`. `left(first, count)` is the operand of some rows; it may copy them to the thread's own
+// scratch. Each sum is one thread's, in an order that depends on the sizes alone.
 template <class Left>
-static void add_product_by_team(const Left& left, int64_t rows, int64_t depth, const float* right, int64_t strip_floats,
-                                int64_t E, const Target& target) {
+static void product_by_team(const Left& left, int64_t rows, int64_t depth, const float* right, int64_t strip_floats,
+                            int64_t E, bool add, const Target& target) {
   const int64_t strips = ceil_div(E, kCols), strip_tasks = ceil_div(strips, kTaskStrips);
 #pragma omp for schedule(dynamic, 1)
   for (int64_t task = 0; task < ceil_div(rows, kTileRows) * strip_tasks; ++task) {
@@ -132,12 +134,17 @@ static void add_product_by_team(const Left& left, int64_t rows, int64_t depth, c
     const auto operand = left(first, count);
     const int64_t first_strip = task % strip_tasks * kTaskStrips;
     for (int64_t s = first_strip; s < min_of(first_strip + kTaskStrips, strips); ++s) {
-      alignas(64) float tile[kTileRows * kCols];
-      multiply_strip(operand, count, right + s * strip_floats, depth, tile);
+      const float* strip = right + s * strip_floats;
       const int64_t columns = min_of(kCols, E - s * kCols);
+      if (columns == kCols && target.index == nullptr) {
+        multiply_strip(operand, count, strip, depth, add, target.row(first) + s * kCols, target.stride);
+        continue;
+      }
+      alignas(64) float tile[kTileRows * kCols];
+      multiply_strip(operand, count, strip, depth, false, tile, kCols);
       for (int64_t r = 0; r < count; ++r) {
         float* to = target.row(first + r) + s * kCols;
-        for (int64_t c = 0; c < columns; ++c) to[c] += tile[r * kCols + c];
+        for (int64_t c = 0; c < columns; ++c) to[c] = add ? to[c] + tile[r * kCols + c] : tile[r * kCols + c];
       }
     }
   }

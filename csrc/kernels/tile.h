@@ -182,6 +182,11 @@ template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Work
 ALWAYS_INLINE static void product_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c,
                                        int64_t c_stride, const float* column_scale, Work& work) {
   Vec sum[kTileRows][kTileVectors] = {};
+  if (kInto == Into::kAdd)  // c may be far away
+#pragma GCC unroll 16
+    for (int r = 0; r < kTileRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) __builtin_prefetch(c + r * c_stride + v * kLanes, 1);
   const auto step = [&](int64_t d) ALWAYS_INLINE_LAMBDA {
     Vec column[kTileVectors];
 #pragma GCC unroll 8
