@@ -184,7 +184,8 @@ def operand_bits(dtype: torch.dtype) -> int:
 
 
 def saved_bits(dtype: torch.dtype) -> int:
-    """How many bits of out the CPU kernels keep for the backward pass."""
+    """How many bits of out the CPU kernels keep for the backward pass. Of dtype alone: Spreads, which remembers what it
+    measured for the other ISAs of a case, does not see it."""
     return BITS[dtype]
 
 
