@@ -26,6 +26,9 @@ struct View {
 // Dense: q (B, H, S, D), k (B, Hkv, T, D), v (B, Hkv, T, Dv), cu_seqlens absent.
 // Varlen: q (1, H, Nq, D), k (1, Hkv, Nk, D), v (1, Hkv, Nk, Dv) with cu_seqlens_q and cu_seqlens_k (B + 1); every
 // sequence is then one batch entry, and the per-batch tensors below are indexed by sequence.
+//
+// Paged (forward only, few queries): k (pages, Hkv, page, D) and v (pages, Hkv, page, Dv) with block_table (B, entries);
+// key j of batch entry b is in page block_table[b, j / page], and T = entries * page.
 struct AttentionArgs {
   View q, k, v;
   View bias;             // (B, H, S, T) additive fp32/bf16/fp16 or bool (true = attend); broadcast by stride 0
@@ -39,6 +42,7 @@ struct AttentionArgs {
   View offsets;       // (B) int32: the causal diagonal of each batch entry; absent: see bottom_right
   View cu_seqlens_q;  // (B + 1) int32
   View cu_seqlens_k;
+  View block_table;  // (B, entries) int32, with key_lengths; entries behind the last key may be anything
   bool causal;
   bool bottom_right;     // offset T - S when true, 0 when false; per sequence for varlen
   int64_t window_left;   // -1: unbounded

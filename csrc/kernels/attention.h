@@ -7,21 +7,28 @@
 //     attention_products.h  queries in those products
 //     attention_softmax.h   the online softmax of a tile
 //     attention_forward.h, attention_backward.h, attention_backward_bias.h
+//     attention_decode.h    forward where rows are few
 #pragma once
 
 #include "kernels/attention_backward.h"
+#include "kernels/attention_decode.h"
 #include "kernels/attention_forward.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
+template <class T>
+static void attention_forward_any(const AttentionArgs& a, int threads) {
+  is_decoding(a) ? attention_decode_as<T>(a, threads) : attention_forward_as<T>(a, threads);
+}
+
 static void attention_forward(const AttentionArgs& a, int threads) {
   switch (a.q.dtype) {
     case DType::kBFloat16:
-      return attention_forward_as<bfloat16>(a, threads);
+      return attention_forward_any<bfloat16>(a, threads);
     case DType::kFloat16:
-      return attention_forward_as<float16>(a, threads);
+      return attention_forward_any<float16>(a, threads);
     default:
-      return attention_forward_as<float>(a, threads);
+      return attention_forward_any<float>(a, threads);
   }
 }
 

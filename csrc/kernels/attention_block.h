@@ -34,7 +34,8 @@ static int64_t sequence_count(const AttentionArgs& a) {
 static inline int64_t clamp(int64_t value, int64_t low, int64_t high) { return max_of(low, min_of(value, high)); }
 
 static Sequence sequence_at(const AttentionArgs& a, int64_t b) {
-  Sequence s{b, b, 0, a.q.size[2], 0, a.k.size[2], 0, 0};
+  const int64_t T = a.block_table.defined ? a.block_table.size[1] * a.k.size[2] : a.k.size[2];
+  Sequence s{b, b, 0, a.q.size[2], 0, T, 0, 0};
   if (a.cu_seqlens_q.defined) {
     // Python checked these; clamped, a later change of the tensor cannot lead out of q and k.
     const auto bounds = [b](const View& cu, int64_t rows, int64_t* start, int64_t* length) {
