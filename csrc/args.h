@@ -63,6 +63,10 @@ struct AttentionArgs {
   View dsinks;  // (H) fp32 or absent
 };
 
+// The most rows of a key head (query heads that share it times S) that kernels/attention_decode.h takes, and with it the
+// most that a paged call may have.
+constexpr int64_t kDecodeRows = 16;
+
 // One call of softmax cross-entropy over given logits (N, V).
 struct CrossEntropyArgs {
   View logits;        // (N, V) fp32/bf16/fp16

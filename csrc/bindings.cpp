@@ -109,11 +109,28 @@ void check_attention(const AttentionArgs& a, int threads) {
   const bool varlen = a.cu_seqlens_q.defined;
   if (varlen != a.cu_seqlens_k.defined) throw std::invalid_argument("cu_seqlens_q and cu_seqlens_k: expected both");
   const int64_t H = a.q.size[1], S = a.q.size[2], D = a.q.size[3];
-  const int64_t Hkv = a.k.size[1], T = a.k.size[2], Dv = a.v.size[3];
+  const bool paged = a.block_table.defined;
+  const int64_t Hkv = a.k.size[1], Dv = a.v.size[3];
+  const int64_t T = paged ? a.block_table.size[1] * a.k.size[2] : a.k.size[2];
   const int64_t B = varlen ? a.cu_seqlens_q.size[0] - 1 : a.q.size[0];
   if (Hkv < 1 || H % Hkv != 0) throw std::invalid_argument("k: expected a number of heads that divides q's");
-  check_shape("k", a.k, {a.q.size[0], Hkv, T, D});
-  check_shape("v", a.v, {a.q.size[0], Hkv, T, Dv});
+  if (paged) {
+    check_shape("k", a.k, {a.k.size[0], Hkv, a.k.size[2], D});
+    check_shape("v", a.v, {a.k.size[0], Hkv, a.k.size[2], Dv});
+    check_shape("block_table", a.block_table, {B, a.block_table.size[1]});
+    if (varlen || !a.key_lengths.defined) throw std::invalid_argument("block_table: expected key_lengths with it");
+    if (H / Hkv * S > gpt4v_fast::kDecodeRows)
+      throw std::invalid_argument("q: expected at most " + std::to_string(gpt4v_fast::kDecodeRows) +
+                                  " rows per key head with a block_table, got " + std::to_string(H / Hkv * S));
+    for (const View* rows : {&a.q, &a.k, &a.v})
+      if (rows->size[3] > 1 && rows->stride[3] != 1)
+        throw std::invalid_argument("q, k and v: expected contiguous rows with a block_table");
+    if (a.k.size[0] * a.k.size[2] == 0 && a.block_table.size[1] > 0)
+      throw std::invalid_argument("k: expected pages with a block_table, got none");
+  } else {
+    check_shape("k", a.k, {a.q.size[0], Hkv, T, D});
+    check_shape("v", a.v, {a.q.size[0], Hkv, T, Dv});
+  }
   check_shape("bias", a.bias, {B, H, S, T});
   check_shape("alibi_slopes", a.alibi_slopes, {B, H});
   check_shape("sinks", a.sinks, {H});
@@ -126,7 +143,7 @@ void check_attention(const AttentionArgs& a, int threads) {
   check_shape("cu_seqlens_q", a.cu_seqlens_q, {B + 1});
   check_shape("cu_seqlens_k", a.cu_seqlens_k, {B + 1});
   for (const View* ids : {&a.query_documents, &a.key_documents, &a.query_images, &a.key_images, &a.key_lengths,
-                          &a.offsets, &a.cu_seqlens_q, &a.cu_seqlens_k})
+                          &a.offsets, &a.cu_seqlens_q, &a.cu_seqlens_k, &a.block_table})
     check_dtype("ids, lengths and offsets", *ids, {DType::kInt32});
   check_dtype("alibi_slopes", a.alibi_slopes, {DType::kFloat32});
   check_dtype("sinks", a.sinks, {DType::kFloat32});
@@ -265,6 +282,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "CPU kernels of gpt4v_fast. Tensors are (data_ptr, dtype code, sizes, strides in elements) or None.";
 
   m.def("isa", [] { return gpt4v_fast::kernels().isa; });
+  m.attr("DECODE_ROWS") = gpt4v_fast::kDecodeRows;
   m.def("built_isas", &gpt4v_fast::built_isas);
   m.def("available_isas", &gpt4v_fast::available_isas);
   m.def("select_isa", &gpt4v_fast::select_isa, py::arg("name"));
@@ -307,12 +325,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("attention_forward",
         [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents, View key_documents,
            View query_images, View key_images, View key_lengths, View offsets, View cu_seqlens_q, View cu_seqlens_k,
-           bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale, float softcap,
-           double dropout_p, uint64_t seed, View out, View lse, int threads) {
-          const AttentionArgs a =
+           View block_table, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale,
+           float softcap, double dropout_p, uint64_t seed, View out, View lse, int threads) {
+          AttentionArgs a =
               attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
                              key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
                              window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
+          a.block_table = block_table;
           check_attention(a, threads);
           py::gil_scoped_release release;
           gpt4v_fast::kernels().attention_forward(a, threads);

@@ -7,11 +7,12 @@
 //   - Keys are split into stretches of stretch_length() keys. A stretch leaves (maximum, sum, unnormalised out) of every
 //     row in fp32, and the stretches of a row are merged in their order. How keys are split depends on T alone, so that
 //     the result's bits do not depend on the number of threads; a stretch is work for one thread.
-//   - Scores of a chunk of 64 keys are [row][key]: lanes are keys. kLanes dot products at a time run along D and are
+//   - Scores of a chunk of kChunkKeys keys are [row][key]: lanes are keys. kLanes dot products at a time run along D and are
 //     added up across lanes together (sums_of). The softmax of a row then costs 1 / kLanes of an exponential a key.
 //   - The product with V runs along Dv with the sums of a few rows in registers.
-//   - While the scores of a chunk are made its values are prefetched, and with its values the next chunk's keys: one
-//     thread has several kB under way at any time, whatever the distance of the rows.
+//   - The rows of a chunk's K, then of its V, then of the next chunk's K form one sequence, and every loop asks for the
+//     row some kB further on in it, so that memory is busy while the core computes, whatever the rows' distance. Chunks
+//     are long because memory is not busy in their softmax: a few hundred cycles for each row.
 #pragma once
 
 #include <omp.h>
@@ -23,16 +24,14 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// More rows are better served by attention_forward.h, which has queries in the lanes.
-constexpr int64_t kDecodeRows = 16;
-
 // Keys of a stretch: the partial results of 16 rows are some 3% of the bytes of 512 keys. Past 64 stretches they grow
 // instead, which bounds the scratch memory.
 static inline int64_t stretch_length(int64_t T) { return max_of(512, round_up(ceil_div(T, 64), kKeys)); }
 
 static inline bool has_contiguous_rows(const View& view) { return view.stride[3] == 1 || view.size[3] <= 1; }
 
-// Whether every sequence of the call has few enough rows. Rows of q, k and v must be contiguous too.
+// Whether every sequence of the call has few enough rows: more are better served by attention_forward.h, which has
+// queries in the lanes. Rows of q, k and v must be contiguous too.
 static bool is_decoding(const AttentionArgs& a) {
   const int64_t group = a.q.size[1] / a.k.size[1];
   if (!has_contiguous_rows(a.q) || !has_contiguous_rows(a.k) || !has_contiguous_rows(a.v)) return false;
@@ -86,76 +85,107 @@ struct Partial {
   static int64_t size(const DecodeWork& work) { return 2 * kDecodeRows + work.rows * work.padded_Dv; }
 };
 
-// The rows of keys [j0, j0 + n), each found by itself: pages may lie anywhere.
+// Keys of a chunk: up to so many blocks of kKeys keys, leaving out those that no row sees.
+constexpr int kChunkBlocks = 4, kChunkKeys = kChunkBlocks * kKeys;
+// How far ahead rows are asked for: 2 to 16 kB were much alike when tried.
+constexpr int64_t kAheadBytes = 4096;
+constexpr int kMaxAhead = 128;
+
 template <class T>
 struct KeyChunk {
-  int64_t n;
-  const T* key[kKeys];  // up to a whole number of vectors: the last one is repeated
-  const T* value[kKeys];
+  int blocks = 0;
+  int64_t n = 0, padded = 0;  // keys; the same up to whole vectors
+  int64_t first[kChunkBlocks];
+  Cover cover[kChunkBlocks];
+  // The rows of `padded` keys, of their values, and of the next chunk's first keys. Behind n the last one is repeated.
+  const T* rows[2 * kChunkKeys + kMaxAhead];
 
-  void find(const AttentionArgs& a, const Sequence& sequence, int64_t kv_head, int64_t j0, int64_t count) {
-    n = count;
-    const T* k = static_cast<const T*>(a.k.data) + kv_head * a.k.stride[1];
-    const T* v = static_cast<const T*>(a.v.data) + kv_head * a.v.stride[1];
-    if (a.block_table.defined) {
-      const int64_t page = a.k.size[2];
-      const int32_t* table =
-          static_cast<const int32_t*>(a.block_table.data) + sequence.b * a.block_table.stride[0];
-      int64_t entry = j0 / page, slot = j0 % page;
-      for (int64_t c = 0; c < n; ++entry, slot = 0) {
-        // Python checked these; clamped, a later change of the table cannot lead out of the pool.
-        const int64_t at = clamp(table[entry * a.block_table.stride[1]], 0, a.k.size[0] - 1);
-        for (; slot < page && c < n; ++slot, ++c) {
-          key[c] = k + at * a.k.stride[0] + slot * a.k.stride[2];
-          value[c] = v + at * a.v.stride[0] + slot * a.v.stride[2];
-        }
-      }
-    } else {
-      k += sequence.batch * a.k.stride[0] + (sequence.key0 + j0) * a.k.stride[2];
-      v += sequence.batch * a.v.stride[0] + (sequence.key0 + j0) * a.v.stride[2];
-      for (int64_t c = 0; c < n; ++c) key[c] = k + c * a.k.stride[2], value[c] = v + c * a.v.stride[2];
+  const T* const* keys() const { return rows; }
+  const T* const* values() const { return rows + padded; }
+  int64_t keys_of(int i) const { return min_of(kKeys, n - i * kKeys); }
+
+  // Collects the blocks from key *j on, short of `end`, and moves *j behind them.
+  void collect(const QueryBlock& block, int64_t* j, int64_t end) {
+    const AttentionArgs& a = *block.args;
+    blocks = 0, n = 0;
+    for (; *j < end && blocks < kChunkBlocks; *j += kKeys) {
+      const int64_t count = min_of(kKeys, end - *j);
+      const KeyIds documents(a.key_documents, block.sequence, *j, count);
+      const KeyIds images(a.key_images, block.sequence, *j, count);
+      cover[blocks] = cover_of(block, *j, count, documents, images);
+      if (cover[blocks] == Cover::kNone) continue;
+      first[blocks++] = *j;
+      n += count;
     }
-    for (int64_t c = n; c < round_up(n, kLanes); ++c) key[c] = key[n - 1];
+    padded = round_up(n, kLanes);
+    find(a.k, block, rows);
+    find(a.v, block, rows + padded);
+  }
+
+  // The rows of these keys in k or v; pages may lie anywhere.
+  void find(const View& view, const QueryBlock& block, const T** to) const {
+    const AttentionArgs& a = *block.args;
+    const Sequence& sequence = block.sequence;
+    const T* head = static_cast<const T*>(view.data) + block.kv_head * view.stride[1];
+    for (int i = 0; i < blocks; ++i) {
+      const int64_t count = keys_of(i);
+      const T** at = to + i * kKeys;
+      if (a.block_table.defined) {
+        const int64_t page = view.size[2];
+        const int32_t* table = static_cast<const int32_t*>(a.block_table.data) + sequence.b * a.block_table.stride[0];
+        int64_t entry = first[i] / page, slot = first[i] % page;
+        for (int64_t c = 0; c < count; ++entry, slot = 0) {
+          // Python checked these; clamped, a later change of the table cannot lead out of the pool.
+          const int64_t index = clamp(table[entry * a.block_table.stride[1]], 0, view.size[0] - 1);
+          for (; slot < page && c < count; ++slot, ++c) at[c] = head + index * view.stride[0] + slot * view.stride[2];
+        }
+      } else {
+        const T* row = head + sequence.batch * view.stride[0] + (sequence.key0 + first[i]) * view.stride[2];
+        for (int64_t c = 0; c < count; ++c) at[c] = row + c * view.stride[2];
+      }
+    }
+    for (int64_t c = n; c < padded; ++c) to[c] = to[n - 1];
+  }
+
+  // Lets the last rows look ahead to the next chunk's.
+  void look_ahead(const KeyChunk& next, int64_t ahead) {
+    const T** to = rows + 2 * padded;
+    for (int64_t c = 0; c < ahead; ++c) to[c] = next.n == 0 ? to[-1] : next.rows[min_of(c, next.n - 1)];
   }
 };
 
 // Asks for the cache lines of `size` elements.
 template <class T>
 static inline void prefetch_row(const T* row, int64_t size) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < size; i += kLine) __builtin_prefetch(row + i);
+  for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(row + i);
 }
 
-// scores[row][c] = scale * row . key c, for kRows rows and kLanes / kRows keys.
-template <class T, int kRows>
-static inline void score_tile(const T* const* keys, const typename Dot<T>::Part* rows, int64_t D, float scale,
-                              float* scores) {
-  constexpr int kTileKeys = kLanes / kRows, kStep = 4;  // keys at a time: their addresses stay in registers
+// scores[row][c] = scale * row . key c, for kRows rows and kLanes / kRows keys. Each key is read to its end before the
+// next: the processor's own prefetching follows lines in order, and taking four keys in step halves the read rate.
+template <class T, int kRows, bool kPrefetch>
+static inline void score_tile(const T* const* keys, int64_t ahead, const typename Dot<T>::Part* rows, int64_t D,
+                              float scale, float* scores) {
+  constexpr int kTileKeys = kLanes / kRows;
   const int64_t whole = D / kSlice, parts = ceil_div(D, kSlice);
   const int tail = static_cast<int>(D % kSlice);
-  Vec sum[kLanes] = {};  // [row][key]
+  Vec sums[kLanes];  // [row][key]
+#pragma GCC unroll 16
+  for (int c = 0; c < kTileKeys; ++c) {
+    Vec sum[kRows] = {};
+    const auto add = [&](int64_t i, typename Dot<T>::Part key) __attribute__((always_inline)) {
 #pragma GCC unroll 4
-  for (int first = 0; first < kTileKeys; first += kStep) {
-    const auto add = [&](int64_t i, auto load) {
-      typename Dot<T>::Part key[kStep];
-#pragma GCC unroll 4
-      for (int c = 0; c < kStep; ++c) key[c] = load(keys[first + c] + i * kSlice);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const typename Dot<T>::Part row = rows[r * parts + i];
-#pragma GCC unroll 4
-        for (int c = 0; c < kStep; ++c) {
-          Vec& to = sum[r * kTileKeys + first + c];
-          to = Dot<T>::multiply_add(key[c], row, to);
-        }
-      }
+      for (int r = 0; r < kRows; ++r) sum[r] = Dot<T>::multiply_add(key, rows[r * parts + i], sum[r]);
     };
-    for (int64_t i = 0; i < whole; ++i) add(i, [](const T* from) { return Dot<T>::load(from); });
-    if (tail != 0) add(whole, [tail](const T* from) { return Dot<T>::load(from, tail); });
+    if (kPrefetch) prefetch_row(keys[c + ahead], D);
+    for (int64_t i = 0; i < whole; ++i) add(i, Dot<T>::load(keys[c] + i * kSlice));
+    if (tail != 0) add(whole, Dot<T>::load(keys[c] + whole * kSlice, tail));
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) sums[r * kTileKeys + c] = sum[r];
   }
-  const Vec products = sums_of(sum) * scale;
+  const Vec products = sums_of(sums) * scale;
+#pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
-    std::memcpy(scores + r * kKeys, reinterpret_cast<const float*>(&products) + r * kTileKeys,
+    std::memcpy(scores + r * kChunkKeys, reinterpret_cast<const float*>(&products) + r * kTileKeys,
                 kTileKeys * sizeof(float));
 }
 
@@ -163,17 +193,22 @@ static inline void score_tile(const T* const* keys, const typename Dot<T>::Part*
 constexpr int kScoreRows = kLanes / 4;
 
 template <class T>
-static void score_chunk(const KeyChunk<T>& chunk, const typename Dot<T>::Part* rows, int64_t count,
+static void score_chunk(const KeyChunk<T>& chunk, int64_t ahead, const typename Dot<T>::Part* rows, int64_t count,
                         const AttentionArgs& a, float* scores) {
-  const int64_t D = a.q.size[3], Dv = a.v.size[3], parts = ceil_div(D, kSlice);
+  const int64_t D = a.q.size[3], parts = ceil_div(D, kSlice);
   for (int64_t c = 0; c < chunk.n; c += kLanes) {
-    for (int64_t i = c; i < min_of(c + kLanes, chunk.n); ++i) prefetch_row(chunk.value[i], Dv);
     int64_t r = 0;
     const auto tiles = [&](auto rows_of_tile) {
       constexpr int kRows = decltype(rows_of_tile)::kValue;
       for (; r + kRows <= count; r += kRows)
-        for (int64_t i = c; i < c + kLanes; i += kLanes / kRows)
-          score_tile<T, kRows>(chunk.key + i, rows + r * parts, D, a.scale, scores + r * kKeys + i);
+        for (int64_t i = c; i < c + kLanes; i += kLanes / kRows) {
+          const T* const* keys = chunk.keys() + i;
+          float* to = scores + r * kChunkKeys + i;
+          if (r == 0)
+            score_tile<T, kRows, true>(keys, ahead, rows, D, a.scale, to);
+          else
+            score_tile<T, kRows, false>(keys, 0, rows + r * parts, D, a.scale, to);
+        }
     };
     if constexpr (kScoreRows >= 4) tiles(Constant<4>{});
     if constexpr (kScoreRows >= 2) tiles(Constant<2>{});
@@ -184,21 +219,33 @@ static void score_chunk(const KeyChunk<T>& chunk, const typename Dot<T>::Part* r
 // Vectors of sums that a tile of rows x slices of V keeps in registers, with room for a slice of V and a weight.
 constexpr int kValueSlices = kLanes == 16 ? 8 : 4;
 
-// out[row] = out[row] alpha[row] + the sum over keys of weights[row][c] value c, for slices [i, i + kSlices) of Dv; the
-// products of a chunk are added up on their own first. tail: elements of the one slice that is not whole, or 0.
-template <class T, int kRows, int kSlices, bool kWhole>
-static inline void value_tile(const KeyChunk<T>& chunk, int64_t i, int tail, const float* weights, const float* alpha,
-                              float* out, int64_t out_stride) {
+// What a block of values needs: n rows of V, the weights of their keys, [row][kChunkKeys], and what they are added to,
+// out[row] = out[row] alpha[row] + the sum over keys c of weights[row][c] values[c]. ahead: 0 to ask for nothing.
+template <class T>
+struct ValueBlock {
+  const T* const* values;
+  int64_t n, Dv, ahead;
+  const float *weights, *alpha;
+  float* out;
+  int64_t out_stride;
+};
+
+// Slices [i, i + kSlices) of kRows rows; the products of a block are added up on their own first. kWhole: all of these
+// slices are.
+template <class T, int kRows, int kSlices, bool kWhole, bool kPrefetch>
+static inline void value_tile(const ValueBlock<T>& block, int64_t i) {
+  const int tail = static_cast<int>(block.Dv - i * kSlice);
   Vec sum[kRows][2 * kSlices] = {};
-  for (int64_t c = 0; c < chunk.n; ++c) {
-    const T* value = chunk.value[c] + i * kSlice;
+  for (int64_t c = 0; c < block.n; ++c) {
+    const T* value = block.values[c] + i * kSlice;
+    if (kPrefetch && i == 0) prefetch_row(block.values[c + block.ahead], block.Dv);
     Slice slice[kSlices];
 #pragma GCC unroll 8
     for (int s = 0; s < kSlices; ++s)
       slice[s] = kWhole ? load_slice(value + s * kSlice) : load_slice(value + s * kSlice, tail);
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vec weight = broadcast(weights[r * kKeys + c]);
+      const Vec weight = broadcast(block.weights[r * kChunkKeys + c]);
 #pragma GCC unroll 8
       for (int s = 0; s < kSlices; ++s) {
         sum[r][2 * s] = mul_add(weight, slice[s].low, sum[r][2 * s]);
@@ -210,34 +257,31 @@ static inline void value_tile(const KeyChunk<T>& chunk, int64_t i, int tail, con
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 16
     for (int v = 0; v < 2 * kSlices; ++v) {
-      float* to = out + r * out_stride + i * kSlice + v * kLanes;
-      store_vec(to, mul_add(load_vec(to), broadcast(alpha[r]), sum[r][v]));
+      float* to = block.out + r * block.out_stride + i * kSlice + v * kLanes;
+      store_vec(to, mul_add(load_vec(to), broadcast(block.alpha[r]), sum[r][v]));
     }
 }
 
-// The same for all slices of Dv, the widest tiles first.
-template <class T, int kRows, int kSlices>
-static inline void value_tiles(const KeyChunk<T>& chunk, int64_t i, int64_t Dv, const float* weights,
-                               const float* alpha, float* out, int64_t out_stride) {
-  for (; (i + kSlices) * kSlice <= Dv; i += kSlices)
-    value_tile<T, kRows, kSlices, true>(chunk, i, 0, weights, alpha, out, out_stride);
-  if constexpr (kSlices > 1) {
-    value_tiles<T, kRows, kSlices / 2>(chunk, i, Dv, weights, alpha, out, out_stride);
-  } else if (i * kSlice < Dv) {
-    const int tail = static_cast<int>(Dv - i * kSlice);
-    value_tile<T, kRows, 1, false>(chunk, i, tail, weights, alpha, out, out_stride);
-  }
+// The same for all slices from i on, the widest tiles first.
+template <class T, int kRows, int kSlices, bool kPrefetch>
+static inline void value_tiles(const ValueBlock<T>& block, int64_t i) {
+  for (; (i + kSlices) * kSlice <= block.Dv; i += kSlices) value_tile<T, kRows, kSlices, true, kPrefetch>(block, i);
+  if constexpr (kSlices > 1)
+    value_tiles<T, kRows, kSlices / 2, kPrefetch>(block, i);
+  else if (i * kSlice < block.Dv)
+    value_tile<T, kRows, 1, false, kPrefetch>(block, i);
 }
 
 template <class T>
-static void add_values(const KeyChunk<T>& chunk, int64_t count, int64_t Dv, const float* weights, const float* alpha,
-                       float* out, int64_t out_stride) {
-  int64_t r = 0;
+static void add_values(ValueBlock<T> block, int64_t count) {
+  bool is_first = true;
   const auto tiles = [&](auto rows_of_tile) {
     constexpr int kRows = decltype(rows_of_tile)::kValue;
-    for (; r + kRows <= count; r += kRows)
-      value_tiles<T, kRows, kValueSlices / kRows>(chunk, 0, Dv, weights + r * kKeys, alpha + r, out + r * out_stride,
-                                                  out_stride);
+    for (; count >= kRows; count -= kRows, is_first = false) {
+      is_first ? value_tiles<T, kRows, kValueSlices / kRows, true>(block, 0)
+               : value_tiles<T, kRows, kValueSlices / kRows, false>(block, 0);
+      block.weights += kRows * kChunkKeys, block.alpha += kRows, block.out += kRows * block.out_stride;
+    }
   };
   tiles(Constant<4>{});
   tiles(Constant<2>{});
@@ -269,8 +313,8 @@ static void load_bias_row(const QueryBlock& block, int64_t row, int64_t j0, int6
   }
 }
 
-// Document and image ids of a chunk's keys, for vectors of them.
-struct ChunkIds {
+// Document and image ids of a block's keys, for vectors of them.
+struct BlockIds {
   bool has_documents, has_images;
   alignas(64) int32_t document[kKeys], image[kKeys];
 
@@ -282,7 +326,7 @@ struct ChunkIds {
 };
 
 // All ones where a row sees keys j.
-static inline VecInt visible_to(const QueryBlock& block, int64_t row, VecInt j, int64_t c, const ChunkIds& ids) {
+static inline VecInt visible_to(const QueryBlock& block, int64_t row, VecInt j, int64_t c, const BlockIds& ids) {
   VecInt seen = j <= block.diagonal[row];
   if (ids.has_images && block.image[row] >= 0) seen |= load_vec(ids.image + c) == block.image[row];
   seen &= (j >= block.first[row]) & (j <= block.last[row]);
@@ -293,31 +337,46 @@ static inline VecInt visible_to(const QueryBlock& block, int64_t row, VecInt j, 
   return seen;
 }
 
-// Turns a row's products into scores, as finish_scores does; those behind the n keys become -inf. `ids` may be null
-// where the row sees every key of the chunk.
-static void finish_row(const QueryBlock& block, int64_t row, int64_t j0, int64_t n, const ChunkIds* ids,
+// Turns a row's products with keys [j0, j0 + n) into scores, as finish_scores does. `ids` is null where the row sees
+// every one of them.
+static void finish_row(const QueryBlock& block, int64_t row, int64_t j0, int64_t n, const BlockIds* ids,
                        float* scores) {
   const AttentionArgs& a = *block.args;
   const bool has_bias = a.bias.defined, is_boolean = has_bias && a.bias.dtype == DType::kBool;
   const bool has_cap = a.softcap > 0.0f, has_alibi = a.alibi_slopes.defined;
   const Vec hidden = broadcast(-kInfinity);
-  if (has_bias || has_cap || has_alibi || ids != nullptr) {
-    alignas(64) float bias[kKeys] = {};
-    if (has_bias) load_bias_row(block, row, j0, n, bias);
-    for (int64_t c = 0; c < n; c += kLanes) {
-      Vec s = load_vec(scores + c);
-      const VecInt j = lane_numbers() + static_cast<int32_t>(j0 + c);
-      if (has_cap) s = tanh(s / a.softcap) * a.softcap;
-      if (has_bias) s = is_boolean ? (load_vec(bias + c) == 0.0f ? hidden : s) : s + load_vec(bias + c);
-      if (has_alibi) {
-        const VecInt distance = j - block.position[row];
-        s = s - __builtin_convertvector(distance < 0 ? -distance : distance, Vec) * block.slope[row];
-      }
-      if (ids != nullptr) s = visible_to(block, row, j, c, *ids) ? s : hidden;
-      store_vec(scores + c, s);
+  alignas(64) float bias[kKeys] = {};
+  if (has_bias) load_bias_row(block, row, j0, n, bias);
+  for (int64_t c = 0; c < n; c += kLanes) {
+    Vec s = load_vec(scores + c);
+    const VecInt j = lane_numbers() + static_cast<int32_t>(j0 + c);
+    if (has_cap) s = tanh(s / a.softcap) * a.softcap;
+    if (has_bias) s = is_boolean ? (load_vec(bias + c) == 0.0f ? hidden : s) : s + load_vec(bias + c);
+    if (has_alibi) {
+      const VecInt distance = j - block.position[row];
+      s = s - __builtin_convertvector(distance < 0 ? -distance : distance, Vec) * block.slope[row];
     }
+    if (ids != nullptr) s = visible_to(block, row, j, c, *ids) ? s : hidden;
+    store_vec(scores + c, s);
   }
-  for (int64_t c = n; c % kLanes != 0; ++c) scores[c] = -kInfinity;
+}
+
+// The scores of all rows; those behind the chunk's last key become -inf.
+template <class T>
+static void finish_chunk(const QueryBlock& block, const KeyChunk<T>& chunk, int64_t count, float* scores) {
+  const AttentionArgs& a = *block.args;
+  const bool has_terms = a.bias.defined || a.softcap > 0.0f || a.alibi_slopes.defined;
+  for (int i = 0; i < chunk.blocks; ++i) {
+    const bool is_part = chunk.cover[i] == Cover::kPart;
+    if (!is_part && !has_terms) continue;
+    const int64_t j0 = chunk.first[i], n = chunk.keys_of(i);
+    BlockIds ids;
+    if (is_part) ids.copy({a.key_documents, block.sequence, j0, n}, {a.key_images, block.sequence, j0, n}, n);
+    for (int64_t r = 0; r < count; ++r)
+      finish_row(block, r, j0, n, is_part ? &ids : nullptr, scores + r * kChunkKeys + i * kKeys);
+  }
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t c = chunk.n; c < chunk.padded; ++c) scores[r * kChunkKeys + c] = -kInfinity;
 }
 
 // A step of the online softmax of one row: scores become weights relative to the new maximum; returns what the row's
@@ -353,7 +412,7 @@ struct DecodeScratch {
   DecodeScratch(const AttentionArgs& a, float* base) {
     const int64_t parts = ceil_div(a.q.size[3], kSlice);
     const int64_t queries_size = kDecodeRows * parts * int64_t{sizeof(typename Dot<T>::Part) / sizeof(float)};
-    const int64_t scores_size = kDecodeRows * kKeys;
+    const int64_t scores_size = kDecodeRows * kChunkKeys;
     queries = reinterpret_cast<typename Dot<T>::Part*>(base);
     scores = base + round_up(queries_size, 16);
     dropout = scores + scores_size;
@@ -378,7 +437,13 @@ static void decode_stretch(const DecodeWork& work, int64_t item, const Partial& 
   QueryBlock block;
   make_query_block(a, sequence, local % Hkv, 0, count, block);
 
-  float alpha[kDecodeRows];
+  const int64_t ahead = clamp(kAheadBytes / max_of(1, D * int64_t{sizeof(T)}), kLanes, kMaxAhead);
+  int64_t j = max_of(block.key_begin(), local / Hkv * length);
+  const int64_t end = min_of(block.key_end(), (local / Hkv + 1) * length);
+  KeyChunk<T> chunks[2];
+  chunks[0].collect(block, &j, end);
+
+  float alpha[2][kDecodeRows];  // of a chunk's first block, and of the others: 1
   Vec sum[kDecodeRows];
   for (int64_t r = 0; r < count; ++r) {
     const T* row = static_cast<const T*>(a.q.data) + row_start(a.q, block, r);
@@ -389,31 +454,29 @@ static void decode_stretch(const DecodeWork& work, int64_t item, const Partial& 
     }
     partial.maximum[r] = -kInfinity;
     sum[r] = Vec{};
+    alpha[1][r] = 1.0f;
   }
   for (int64_t i = 0; i < count * work.padded_Dv; ++i) partial.out[i] = 0.0f;
 
-  const int64_t begin = max_of(block.key_begin(), local / Hkv * length);
-  const int64_t end = min_of(block.key_end(), (local / Hkv + 1) * length);
-  KeyChunk<T> chunk;
-  ChunkIds ids;
-  for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
-    const int64_t n = min_of(kKeys, end - j0);
-    const KeyIds documents(a.key_documents, sequence, j0, n), images(a.key_images, sequence, j0, n);
-    const Cover cover = cover_of(block, j0, n, documents, images);
-    if (cover == Cover::kNone) continue;
-    chunk.find(a, sequence, block.kv_head, j0, n);
-    score_chunk<T>(chunk, s.queries, count, a, s.scores);
-    const bool is_part = cover == Cover::kPart;
-    if (is_part) ids.copy(documents, images, n);
-    if (a.dropout_p > 0) dropout_tile(block, j0, n, s.dropout);
-    for (int64_t r = 0; r < count; ++r) {
-      float* scores = s.scores + r * kKeys;
-      finish_row(block, r, j0, n, is_part ? &ids : nullptr, scores);
-      alpha[r] = softmax_row(n, scores, partial.maximum + r, sum + r);
-      if (a.dropout_p > 0)
-        for (int64_t c = 0; c < n; ++c) scores[c] *= s.dropout[c * kQueries + r];
+  for (int turn = 0; chunks[turn].n > 0; turn = 1 - turn) {
+    KeyChunk<T>&chunk = chunks[turn], &next = chunks[1 - turn];
+    next.collect(block, &j, end);
+    chunk.look_ahead(next, ahead);
+    score_chunk<T>(chunk, ahead, s.queries, count, a, s.scores);
+    finish_chunk(block, chunk, count, s.scores);
+    for (int64_t r = 0; r < count; ++r)
+      alpha[0][r] = softmax_row(chunk.n, s.scores + r * kChunkKeys, partial.maximum + r, sum + r);
+    for (int i = 0; i < chunk.blocks; ++i) {
+      const int64_t n = chunk.keys_of(i);
+      float* weights = s.scores + i * kKeys;
+      if (a.dropout_p > 0) {
+        dropout_tile(block, chunk.first[i], n, s.dropout);
+        for (int64_t r = 0; r < count; ++r)
+          for (int64_t c = 0; c < n; ++c) weights[r * kChunkKeys + c] *= s.dropout[c * kQueries + r];
+      }
+      add_values<T>({chunk.values() + i * kKeys, n, Dv, ahead, weights, alpha[i > 0], partial.out, work.padded_Dv},
+                    count);
     }
-    add_values<T>(chunk, count, Dv, s.scores, alpha, partial.out, work.padded_Dv);
   }
   for (int64_t r = 0; r < count; ++r) {
     Vec total[kLanes] = {};

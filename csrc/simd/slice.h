@@ -127,14 +127,14 @@ struct Dot<bfloat16> {
 
 // One step of the tree below: lanes l with bit kStep unset hold a[l] + a[l ^ kStep], the others the same of b.
 template <int kStep>
-static inline Vec add_across(Vec a, Vec b) {
+__attribute__((always_inline)) static inline Vec add_across(Vec a, Vec b) {
   const VecInt lanes = lane_numbers();
   const VecInt own = lanes + (lanes & kStep) * (kLanes / kStep);
   return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ kStep);
 }
 
 template <int kStep>
-static inline Vec sums_of(const Vec* x) {
+__attribute__((always_inline)) static inline Vec sums_of(const Vec* x) {
   if constexpr (kStep == 1)
     return add_across<1>(x[0], x[1]);
   else
@@ -142,7 +142,7 @@ static inline Vec sums_of(const Vec* x) {
 }
 
 // Lane l is the sum of the lanes of x[l], for kLanes vectors: kLanes - 1 additions instead of kLanes log2(kLanes).
-static inline Vec sums_of(const Vec* x) { return sums_of<kLanes / 2>(x); }
+__attribute__((always_inline)) static inline Vec sums_of(const Vec* x) { return sums_of<kLanes / 2>(x); }
 
 // The largest lane; a NaN never wins.
 static inline float largest_of(Vec x) {

@@ -356,6 +356,7 @@ def call_native(
     lse: torch.Tensor,
     *gradients: torch.Tensor | None,
     cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    block_table: torch.Tensor | None = None,
 ) -> None:
     """Calls `_C.attention_forward` or `_C.attention_backward`; `gradients` are the latter's further tensors."""
     B = q.shape[0] if cu_seqlens[0] is None else cu_seqlens[0].shape[0] - 1
@@ -373,6 +374,8 @@ def call_native(
         options.offsets,
         *cu_seqlens,
     ]
+    if function is _C.attention_forward:
+        tensors.append(block_table)
     function(
         *(view(x) for x in tensors),
         options.causal,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 
 from gpt4v_fast import backends, reference
+from gpt4v_fast._native import _C, last_dim_contiguous
 from gpt4v_fast.masks import check_window
 from gpt4v_fast.ops import attention as dense
 from gpt4v_fast.ops import checks, library
@@ -41,8 +43,9 @@ def attention_kvcache(
         v_cache: (B, Tmax, Hkv, Dv), or paged likewise.
         cache_lengths: (B,) int32, tokens in the cache before this call's k and v.
         k, v: (B, Snew, Hkv, D) and (B, Snew, Hkv, Dv), both or neither, to append at cache_lengths[b].
-        block_table: (B, pages of an entry) int32; token t of entry b is in page block_table[b, t // page]. In this
-            version pages are gathered into a dense copy first.
+        block_table: (B, pages of an entry) int32; token t of entry b is in page block_table[b, t // page]. The
+            CPU reads pages where they lie when H / Hkv * S, the rows that share a key, are at most 16; otherwise they
+            are gathered into a dense copy first, as `explain` says.
         rotary_cos, rotary_sin: (positions, R / 2) tables, both or neither; the first R <= D dimensions of q and k are
             rotated at their positions in the halves convention of Llama and GPT-NeoX (x1 cos - x2 sin,
             x2 cos + x1 sin).
@@ -217,14 +220,62 @@ def _attention_kvcache(
     if k is not None and v is not None:
         reference.append_to_cache(k_cache, k, lengths, block_table)
         reference.append_to_cache(v_cache, v, lengths, block_table)
+    options = _options(sinks, total, S, causal, window_left, window_right, scale, softcap)
+    q = q.transpose(1, 2)
     if block_table is not None:
+        if backends.pick(_describe(q, k_cache, v_cache, options, block_table)).kernel == _PAGED_KERNEL:
+            return _attend_to_pages(q, k_cache, v_cache, block_table, options)
         k_cache = reference.gather_pages(k_cache, block_table)
         v_cache = reference.gather_pages(v_cache, block_table)
-    options = _options(sinks, total, S, causal, window_left, window_right, scale, softcap)
-    out, lse = dense.run_forward(
-        q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), options, op="attention_kvcache"
-    )
+    out, lse = dense.run_forward(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), options, op="attention_kvcache")
     return out.transpose(1, 2), lse
+
+
+def _attend_to_pages(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    options: dense.AttentionOptions,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The kernel on the pages themselves; q is (B, H, S, D)."""
+    B, H, S, _ = q.shape
+    q, k_cache, v_cache = (last_dim_contiguous(x) for x in (q, k_cache, v_cache))
+    out = q.new_empty(B, S, H, v_cache.shape[3])
+    lse = q.new_empty(B, H, S, dtype=torch.float32)
+    dense.call_native(
+        _C.attention_forward, q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), options, out.transpose(1, 2), lse,
+        block_table=block_table.to(torch.int32),
+    )  # fmt: skip
+    return out, lse
+
+
+def _describe(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    options: dense.AttentionOptions,
+    block_table: torch.Tensor | None,
+) -> backends.Request:
+    """What `backends.pick` needs to know; q is (B, H, S, D), the caches are as the caller gave them."""
+    k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
+    request = dense.describe(q, k_cache, v_cache, options, op="attention_kvcache")
+    if block_table is None:
+        return request
+    features = {"pages"}
+    if q.shape[1] // k_cache.shape[1] * q.shape[2] > _C.DECODE_ROWS:
+        features.add("more rows per key head than a decoding step's")
+    if block_table.shape[1] > 0 and k_cache.shape[0] * k_cache.shape[2] == 0:
+        features.add("an empty pool")
+    return dataclasses.replace(request, features=request.features | features)
+
+
+def _unsupported_by_paged(request: backends.Request) -> str | None:
+    if "pages" not in request.features:
+        return "there is no block_table"
+    if "more rows per key head than a decoding step's" in request.features:
+        return f"H / Hkv * S is over {_C.DECODE_ROWS}"
+    return "the pool is empty" if "an empty pool" in request.features else None
 
 
 def _options(
@@ -259,11 +310,11 @@ def _options(
 
 
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
-    q, k_cache, v_cache, lengths, *_, sinks, causal, left, right, scale, softcap = prepare(*args, **kwargs)
-    options = _options(sinks, lengths, q.shape[1], causal, left, right, scale, softcap)
-    return dense.describe(
-        q.transpose(1, 2), k_cache.transpose(1, 2), v_cache.transpose(1, 2), options, op="attention_kvcache"
+    q, k_cache, v_cache, lengths, _, _, table, _, _, sinks, causal, left, right, scale, softcap = prepare(
+        *args, **kwargs
     )
+    options = _options(sinks, lengths, q.shape[1], causal, left, right, scale, softcap)
+    return _describe(q.transpose(1, 2), k_cache, v_cache, options, table)
 
 
 def _fake(
@@ -274,7 +325,10 @@ def _fake(
     return out, q.new_empty(B, H, S, dtype=torch.float32)
 
 
-backends.register_kernel("attention_kvcache", "cpu", "_C.attention (with key lengths)")
+_PAGED_KERNEL = "_C.attention (pages read in place)"
+
+backends.register_kernel("attention_kvcache", "cpu", _PAGED_KERNEL, _unsupported_by_paged)
+backends.register_kernel("attention_kvcache", "cpu", "_C.attention (with key lengths; pages gathered first)")
 backends.register_explainer(attention_kvcache, _request)
 
 _attention_kvcache_op = library.define_op(
