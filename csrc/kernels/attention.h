@@ -16,9 +16,13 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
+// Each sequence by itself, so that its bits don't depend on what it is packed with.
 template <class T>
 static void attention_forward_any(const AttentionArgs& a, int threads) {
-  is_decoding(a) ? attention_decode_as<T>(a, threads) : attention_forward_as<T>(a, threads);
+  int64_t decoding = 0;
+  for (int64_t b = 0; b < sequence_count(a); ++b) decoding += is_decoding(a, sequence_at(a, b));
+  if (decoding > 0) attention_decode_as<T>(a, threads);
+  if (decoding < sequence_count(a)) attention_forward_as<T>(a, threads);
 }
 
 static void attention_forward(const AttentionArgs& a, int threads) {

@@ -28,19 +28,6 @@ namespace gpt4v_fast::GPT4V_FAST_ISA {
 // instead, which bounds the scratch memory.
 static inline int64_t stretch_length(int64_t T) { return max_of(512, round_up(ceil_div(T, 64), kKeys)); }
 
-static inline bool has_contiguous_rows(const View& view) { return view.stride[3] == 1 || view.size[3] <= 1; }
-
-// Whether every sequence of the call has few enough rows: more are better served by attention_forward.h, which has
-// queries in the lanes. Rows of q, k and v must be contiguous too.
-static bool is_decoding(const AttentionArgs& a) {
-  const int64_t group = a.q.size[1] / a.k.size[1];
-  if (!has_contiguous_rows(a.q) || !has_contiguous_rows(a.k) || !has_contiguous_rows(a.v)) return false;
-  if (!a.cu_seqlens_q.defined) return group * a.q.size[2] <= kDecodeRows;
-  for (int64_t b = 0; b < sequence_count(a); ++b)
-    if (group * sequence_at(a, b).S > kDecodeRows) return false;
-  return true;
-}
-
 template <int kNumber>
 struct Constant {
   static constexpr int kValue = kNumber;
@@ -57,8 +44,10 @@ struct DecodeWork {
     first[0] = 0;
     for (int64_t b = 0; b < sequence_count(a); ++b) {
       const Sequence sequence = sequence_at(a, b);
+      first[b + 1] = first[b];
+      if (!is_decoding(a, sequence)) continue;
       rows = max_of(rows, row_count(sequence));
-      first[b + 1] = first[b] + (sequence.S > 0 ? a.k.size[1] * stretches(sequence) : 0);
+      first[b + 1] += a.k.size[1] * stretches(sequence);
     }
   }
   int64_t row_count(const Sequence& s) const { return args.q.size[1] / args.k.size[1] * s.S; }
@@ -492,8 +481,8 @@ static void merge_stretches(const DecodeWork& work, int64_t b, int64_t kv_head, 
   const AttentionArgs& a = work.args;
   const int64_t Hkv = a.k.size[1], Dv = a.v.size[3];
   const Sequence sequence = sequence_at(a, b);
-  const int64_t count = work.row_count(sequence), stretches = count == 0 ? 0 : DecodeWork::stretches(sequence);
-  if (count == 0) return;
+  if (!is_decoding(a, sequence)) return;
+  const int64_t count = work.row_count(sequence), stretches = DecodeWork::stretches(sequence);
   QueryBlock block;
   make_query_block(a, sequence, kv_head, 0, count, block);
   for (int64_t r = 0; r < count; ++r) {

@@ -204,6 +204,7 @@ static void attention_forward_plain_or_not(const AttentionArgs& a, int threads) 
     for (int64_t unit = 0; unit < count; ++unit) {
       QueryBlock blocks[kStrips];
       const int64_t strips = work.get(unit, blocks);
+      if (is_decoding(a, blocks[0].sequence)) continue;
       // A key head with so few rows has but one strip.
       if (blocks[0].count <= kFewQueries)
         forward_few<T, kPlain>(a, blocks[0], s);
