@@ -27,8 +27,8 @@ struct View {
 // Varlen: q (1, H, Nq, D), k (1, Hkv, Nk, D), v (1, Hkv, Nk, Dv) with cu_seqlens_q and cu_seqlens_k (B + 1); every
 // sequence is then one batch entry, and the per-batch tensors below are indexed by sequence.
 //
-// Paged (forward only, few queries): k (pages, Hkv, page, D) and v (pages, Hkv, page, Dv) with block_table (B, entries);
-// key j of batch entry b is in page block_table[b, j / page], and T = entries * page.
+// Paged (forward only, few queries): k (pages, Hkv, page, D) and v (pages, Hkv, page, Dv) with block_table (B,
+// entries); key j of batch entry b is in page block_table[b, j / page], and T = entries * page.
 struct AttentionArgs {
   View q, k, v;
   View bias;             // (B, H, S, T) additive fp32/bf16/fp16 or bool (true = attend); broadcast by stride 0
@@ -63,8 +63,8 @@ struct AttentionArgs {
   View dsinks;  // (H) fp32 or absent
 };
 
-// The most rows of a key head (query heads that share it times S) that kernels/attention_decode.h takes, and with it the
-// most that a paged call may have.
+// The most rows of a key head (query heads that share it times S) that kernels/attention_decode.h takes, and with it
+// the most that a paged call may have.
 constexpr int64_t kDecodeRows = 16;
 
 // One call of softmax cross-entropy over given logits (N, V).

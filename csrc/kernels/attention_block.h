@@ -4,8 +4,6 @@
 // that share it, head after head, so grouped queries read a key once and a decoding step fills a block with heads.
 #pragma once
 
-#include <initializer_list>
-
 #include "simd/buffer.h"
 #include "simd/vec_math.h"
 
@@ -60,7 +58,8 @@ static Sequence sequence_at(const AttentionArgs& a, int64_t b) {
 // Whether attention_decode.h takes a sequence forward: it has queries, few enough, and all rows are contiguous. More are
 // better served by attention_forward.h, which has queries in the lanes.
 static inline bool is_decoding(const AttentionArgs& a, const Sequence& s) {
-  for (const View* view : {&a.q, &a.k, &a.v})
+  const View* const views[] = {&a.q, &a.k, &a.v};
+  for (const View* view : views)
     if (view->stride[3] != 1 && view->size[3] > 1) return false;
   const int64_t rows = a.q.size[1] / a.k.size[1] * s.S;
   return rows > 0 && rows <= kDecodeRows;

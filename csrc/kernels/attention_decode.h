@@ -1,13 +1,15 @@
 // Attention forward for few queries against many keys, as in decoding: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
 //
 // The rows of a key head (all query heads that share it times S queries, at most kDecodeRows) meet each of its keys in
-// turn. For R rows, T keys and b bytes an element this reads T (D + Dv) b bytes once and does 2 R T (D + Dv) flops, R / b
-// per byte twice: with R / b below some 4 a core waits for memory, so everything here serves to keep it reading.
+// turn. For R rows, T keys and b bytes an element this reads T (D + Dv) b bytes once and does 2 R T (D + Dv) flops, R /
+// b per byte twice: with R / b below some 4 a core waits for memory, so everything here serves to keep it reading.
 //   - K and V are read in place, from any layout and from pages, and widened in registers; nothing is packed.
-//   - Keys are split into stretches of stretch_length() keys. A stretch leaves (maximum, sum, unnormalised out) of every
+//   - Keys are split into stretches of stretch_length() keys. A stretch leaves (maximum, sum, unnormalised out) of
+//   every
 //     row in fp32, and the stretches of a row are merged in their order. How keys are split depends on T alone, so that
 //     the result's bits do not depend on the number of threads; a stretch is work for one thread.
-//   - Scores of a chunk of kChunkKeys keys are [row][key]: lanes are keys. kLanes dot products at a time run along D and are
+//   - Scores of a chunk of kChunkKeys keys are [row][key]: lanes are keys. kLanes dot products at a time run along D
+//   and are
 //     added up across lanes together (sums_of). The softmax of a row then costs 1 / kLanes of an exponential a key.
 //   - The product with V runs along Dv with the sums of a few rows in registers.
 //   - The rows of a chunk's K, then of its V, then of the next chunk's K form one sequence, and every loop asks for the
@@ -438,8 +440,8 @@ static void decode_stretch(const DecodeWork& work, int64_t item, const Partial& 
     const T* row = static_cast<const T*>(a.q.data) + row_start(a.q, block, r);
     for (int64_t i = 0; i < parts; ++i) {
       const int64_t left = D - i * kSlice;
-      s.queries[r * parts + i] = left >= kSlice ? Dot<T>::load(row + i * kSlice)
-                                                : Dot<T>::load(row + i * kSlice, static_cast<int>(left));
+      s.queries[r * parts + i] =
+          left >= kSlice ? Dot<T>::load(row + i * kSlice) : Dot<T>::load(row + i * kSlice, static_cast<int>(left));
     }
     partial.maximum[r] = -kInfinity;
     sum[r] = Vec{};

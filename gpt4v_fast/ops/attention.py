@@ -69,21 +69,30 @@ class AttentionOptions(NamedTuple):
         return T - S if self.bottom_right else 0
 
     def features(self) -> set[str]:
-        present = {
-            "bias": self.bias is not None and self.bias.dtype != torch.bool,
-            "boolean bias": self.bias is not None and self.bias.dtype == torch.bool,
-            "alibi": self.alibi_slopes is not None,
-            "sinks": self.sinks is not None,
-            "documents": self.query_documents is not None,
-            "image blocks": self.query_images is not None,
-            "key lengths": self.key_lengths is not None,
-            "offsets": self.offsets is not None,
-            "causal": self.causal,
-            "window": self.window_left >= 0 or self.window_right >= 0,
-            "softcap": self.softcap > 0,
-            "dropout": self.dropout_p > 0,
-        }
-        return {name for name, there in present.items() if there}
+        found = set()
+        if self.bias is not None:
+            found.add("boolean bias" if self.bias.dtype == torch.bool else "bias")
+        if self.alibi_slopes is not None:
+            found.add("alibi")
+        if self.sinks is not None:
+            found.add("sinks")
+        if self.query_documents is not None:
+            found.add("documents")
+        if self.query_images is not None:
+            found.add("image blocks")
+        if self.key_lengths is not None:
+            found.add("key lengths")
+        if self.offsets is not None:
+            found.add("offsets")
+        if self.causal:
+            found.add("causal")
+        if self.window_left >= 0 or self.window_right >= 0:
+            found.add("window")
+        if self.softcap > 0:
+            found.add("softcap")
+        if self.dropout_p > 0:
+            found.add("dropout")
+        return found
 
 
 def attention(
@@ -132,7 +141,8 @@ def attention(
     Source: FlashAttention-2 (Dao 2023), algorithms 1 and 2; sinks and softcap as in gpt-oss and Gemma 2.
     """
     arguments = prepare(q, k, v, mask, scale, softcap, bias, alibi_slopes, sinks, dropout_p)
-    out, lse = _attention_op(*arguments)
+    is_plain = q.is_cpu and library.is_plain_call(q, k, v, bias, sinks)
+    out, lse = _attention(*arguments) if is_plain else _attention_op(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -273,9 +283,9 @@ def run_forward(
     B, H, S, _ = q.shape
     backend = backends.pick(describe(q, k, v, options, op)).backend
     if backend == "cpu":
-        q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
-        out = q.new_empty(B, H, S, v.shape[3])
-        lse = q.new_empty(B, H, S, dtype=torch.float32)
+        q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+        out = q.new_empty((B, H, S, v.shape[3]))
+        lse = q.new_empty((B, H, S), dtype=torch.float32)
         call_native(_C.attention_forward, q, k, v, options, out, lse)
         return out, lse
     if backend == "triton":
@@ -377,7 +387,7 @@ def call_native(
     if function is _C.attention_forward:
         tensors.append(block_table)
     function(
-        *(view(x) for x in tensors),
+        *[None if x is None else view(x) for x in tensors],
         options.causal,
         options.bottom_right,
         options.window_left,

@@ -41,7 +41,7 @@ def check_device(name: str, tensor: torch.Tensor, other_name: str, other: torch.
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], meaning: str = "") -> None:
-    if tuple(tensor.shape) != expected:
+    if tensor.shape != expected:
         what = f" {meaning}" if meaning else ""
         raise ValueError(f"{name}: expected shape{what} {expected}, got {tuple(tensor.shape)}")
 

@@ -98,6 +98,24 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def is_plain_call(*tensors: torch.Tensor | None) -> bool:
+    """Whether an op's implementation may be called by itself: nobody differentiates, traces, transforms or watches it.
+
+    The dispatcher then adds nothing but its time, which is that of a small attention.
+    """
+    if torch.compiler.is_compiling() or _transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
+        return False
+    recorded = torch.is_grad_enabled()
+    return all(
+        x is None or (type(x) in (torch.Tensor, torch.nn.Parameter) and not (recorded and x.requires_grad))
+        for x in tensors
+    )
+
+
 def _needs_gradient(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.requires_grad
 
