@@ -322,20 +322,19 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("data"), py::arg("threads"), py::arg("seconds"));
 
-  m.def("attention_forward",
-        [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents, View key_documents,
-           View query_images, View key_images, View key_lengths, View offsets, View cu_seqlens_q, View cu_seqlens_k,
-           View block_table, bool causal, bool bottom_right, int64_t window_left, int64_t window_right, float scale,
-           float softcap, double dropout_p, uint64_t seed, View out, View lse, int threads) {
-          AttentionArgs a =
-              attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
-                             key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
-                             window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
-          a.block_table = block_table;
-          check_attention(a, threads);
-          py::gil_scoped_release release;
-          gpt4v_fast::kernels().attention_forward(a, threads);
-        });
+  m.def("attention_forward", [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
+                                View key_documents, View query_images, View key_images, View key_lengths, View offsets,
+                                View cu_seqlens_q, View cu_seqlens_k, View block_table, bool causal, bool bottom_right,
+                                int64_t window_left, int64_t window_right, float scale, float softcap, double dropout_p,
+                                uint64_t seed, View out, View lse, int threads) {
+    AttentionArgs a = attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
+                                     key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
+                                     window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
+    a.block_table = block_table;
+    check_attention(a, threads);
+    py::gil_scoped_release release;
+    gpt4v_fast::kernels().attention_forward(a, threads);
+  });
   m.def("attention_backward", [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
                                  View key_documents, View query_images, View key_images, View key_lengths, View offsets,
                                  View cu_seqlens_q, View cu_seqlens_k, bool causal, bool bottom_right,

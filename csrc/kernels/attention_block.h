@@ -55,8 +55,8 @@ static Sequence sequence_at(const AttentionArgs& a, int64_t b) {
   return s;
 }
 
-// Whether attention_decode.h takes a sequence forward: it has queries, few enough, and all rows are contiguous. More are
-// better served by attention_forward.h, which has queries in the lanes.
+// Whether attention_decode.h takes a sequence forward: it has queries, few enough, and all rows are contiguous. More
+// are better served by attention_forward.h, which has queries in the lanes.
 static inline bool is_decoding(const AttentionArgs& a, const Sequence& s) {
   const View* const views[] = {&a.q, &a.k, &a.v};
   for (const View* view : views)

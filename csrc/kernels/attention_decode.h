@@ -1,16 +1,15 @@
 // Attention forward for few queries against many keys, as in decoding: Flash-Decoding (Dao, Haziza, Massa, Sizov 2023).
 //
 // The rows of a key head (all query heads that share it times S queries, at most kDecodeRows) meet each of its keys in
-// turn. For R rows, T keys and b bytes an element this reads T (D + Dv) b bytes once and does 2 R T (D + Dv) flops, R /
-// b per byte twice: with R / b below some 4 a core waits for memory, so everything here serves to keep it reading.
+// turn. For R rows, T keys and b bytes an element this reads T (D + Dv) b bytes once and does 2 R T (D + Dv) flops.
+// With few rows a core waits for memory, so everything here serves to keep it reading.
 //   - K and V are read in place, from any layout and from pages, and widened in registers; nothing is packed.
-//   - Keys are split into stretches of stretch_length() keys. A stretch leaves (maximum, sum, unnormalised out) of
-//   every
+//   - Keys are split into stretches of stretch_length() keys. A stretch leaves (maximum, sum, unnormalised out) of each
 //     row in fp32, and the stretches of a row are merged in their order. How keys are split depends on T alone, so that
 //     the result's bits do not depend on the number of threads; a stretch is work for one thread.
 //   - Scores of a chunk of kChunkKeys keys are [row][key]: lanes are keys. kLanes dot products at a time run along D
-//   and are
-//     added up across lanes together (sums_of). The softmax of a row then costs 1 / kLanes of an exponential a key.
+//   and
+//     are added up across lanes together (sums_of). The softmax of a row then costs 1 / kLanes of an exponential a key.
 //   - The product with V runs along Dv with the sums of a few rows in registers.
 //   - The rows of a chunk's K, then of its V, then of the next chunk's K form one sequence, and every loop asks for the
 //     row some kB further on in it, so that memory is busy while the core computes, whatever the rows' distance. Chunks
@@ -152,7 +151,8 @@ static inline void prefetch_row(const T* row, int64_t size) {
 }
 
 // scores[row][c] = scale * row . key c, for kRows rows and kLanes / kRows keys. Each key is read to its end before the
-// next: the processor's own prefetching follows lines in order, and taking four keys in step halves the read rate.
+// next: the processor's own prefetching follows lines in order; a bare reading loop over four rows in step ran at half
+// the rate.
 template <class T, int kRows, bool kPrefetch>
 static inline void score_tile(const T* const* keys, int64_t ahead, const typename Dot<T>::Part* rows, int64_t D,
                               float scale, float* scores) {
