@@ -7,8 +7,9 @@
 //   - Keys are split into stretches of stretch_length() keys. A stretch leaves (maximum, sum, unnormalised out) of each
 //     row in fp32, and the stretches of a row are merged in their order. How keys are split depends on T alone, so that
 //     the result's bits do not depend on the number of threads; a stretch is work for one thread.
-//   - Scores of a chunk of kChunkKeys keys are [row][key]: lanes are keys. kLanes dot products at a time run
-//     along D and are added up across lanes together (sums_of). The softmax of a row then costs 1 / kLanes of an exponential a key.
+//   - Scores of a chunk of kChunkKeys keys are [row][key]: lanes are keys. kLanes dot products at a time run along D
+//     and are added up across lanes together (sums_of). The softmax of a row then costs 1 / kLanes of an exponential a
+//     key.
 //   - The product with V runs along Dv with the sums of a few rows in registers.
 //   - The rows of a chunk's K, then of its V, then of the next chunk's K form one sequence, and every loop asks for the
 //     row some kB further on in it, so that memory is busy while the core computes, whatever the rows' distance. Chunks
