@@ -384,7 +384,7 @@ static inline float softmax_row(int64_t n, float* scores, float* maximum, Vec* s
   const float alpha = exp(before - base);
   Vec total = {};
   for (int64_t c = 0; c < n; c += kLanes) {
-    const Vec weight = exp(load_vec(scores + c) - base);
+    const Vec weight = exp2((load_vec(scores + c) - base) * kLog2E);
     total += weight;
     store_vec(scores + c, weight);
   }
