@@ -333,9 +333,7 @@ SCORES = [
 ]  # fmt: skip
 CASES = [*SIZES, *LAYOUTS, *MASKS, *SCORES]
 # Where the kernels are not as exact as the rule asks, and why.
-INEXACT = {
-    "softcap-saturated": "the softcap's derivative is taken as 1 - tanh^2, whose digits are lost where tanh is near 1",
-}
+INEXACT: dict[str, str] = {}
 
 
 def expected_to_fail(case: Any) -> Any:

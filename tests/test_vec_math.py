@@ -36,6 +36,7 @@ def test_errors_are_those_that_the_header_states(measured):
     assert 0 < measured["exp2_of_negative"][1] < 1.9e-7
     assert 0 < measured["tanh"][0] < 1.8e-7
     assert 0 < measured["tanh"][1] < 1.2e-7
+    assert 0 < measured["tanh_slope"][0] < 5e-7
 
 
 def test_edges(measured):

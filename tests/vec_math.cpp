@@ -45,6 +45,9 @@ int main() {
   sweep("exp2", -125.0f, 127.0f, 499, exp2, [](double x) { return std::exp2(x); });
   sweep("exp2_of_negative", -300.0f, 0.0f, 499, exp2, [](double x) { return std::exp2(x); });
   sweep("tanh", -30.0f, 30.0f, 499, tanh, [](double x) { return std::tanh(x); });
+  sweep(
+      "tanh_slope", -42.0f, 42.0f, 499, [](Vec x) { return isa::tanh_and_slope(x).slope; },
+      [](double x) { return 1.0 / std::pow(std::cosh(x), 2); });
   edges("exp2", exp2, {nan, other_nan, -inf, 0.0f, -0.0f, -3e38f, -151.0f, -1e-9f, 1.0f, 127.0f});
   edges("tanh", tanh, {nan, other_nan, inf, -inf, 0.0f, -0.0f, 3e38f, -3e38f, -87.8f, 89.0f});
 }

@@ -46,9 +46,9 @@ static void finish_scores(const QueryBlock& block, int64_t j0, int64_t n, Cover 
       const int64_t at = c * kQueries + lane;
       Vec s = load_vec(scores + at);
       if (has_cap) {
-        const Vec t = tanh(s / a.softcap);
-        s = t * a.softcap;
-        if (slope != nullptr) store_vec(slope + at, 1.0f - t * t);
+        const VecTanh t = tanh_and_slope(s / a.softcap);
+        s = t.value * a.softcap;
+        if (slope != nullptr) store_vec(slope + at, t.slope);
       }
       if (has_bias) {
         const Vec b = load_vec(bias + at);

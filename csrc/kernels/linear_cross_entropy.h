@@ -207,7 +207,8 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
       Lanes* lanes = partial.get() + range * strips;
       for (int64_t s = 0; s < used; ++s) lanes[s].clear();
       WeightTile<T> rows;
-      rows.rows = reinterpret_cast<typename WeightTile<T>::Element*>(scratch.get() + omp_get_thread_num() * thread_floats);
+      rows.rows =
+          reinterpret_cast<typename WeightTile<T>::Element*>(scratch.get() + omp_get_thread_num() * thread_floats);
       double weight_before = 0.0;
       const int64_t end = min_of(V, (range + 1) * range_rows);
       for (int64_t v = range * range_rows; v < end; v += tile_rows) {

@@ -69,8 +69,8 @@ static void pack_tokens_by_team(const RowsOf<T>& source, int64_t first, int64_t 
   }
 }
 
-// Strips of kCols columns: element (r, e) at strip e / kCols, [r][e mod kCols], or with pairs of rows [r / 2]; zeros past
-// the last column and row.
+// Strips of kCols columns: element (r, e) at strip e / kCols, [r][e mod kCols], or with pairs of rows [r / 2]; zeros
+// past the last column and row.
 template <class T>
 static void pack_columns_by_team(const RowsOf<T>& source, int64_t first, int64_t rows, int64_t E, float* to) {
 #pragma omp for schedule(static)
@@ -122,8 +122,8 @@ struct Target {
 };
 
 // target(i, e) = or, with `add`, += sum over d of left(i, d) * right(d, e), with right packed by pack_columns_by_team,
-// whose strips take `strip_floats`. `left(first, count)` is the operand of some rows; it may copy them to the thread's own
-// scratch. Each sum is one thread's, in an order that depends on the sizes alone.
+// whose strips take `strip_floats`. `left(first, count)` is the operand of some rows; it may copy them to the thread's
+// own scratch. Each sum is one thread's, in an order that depends on the sizes alone.
 template <class Left>
 static void product_by_team(const Left& left, int64_t rows, int64_t depth, const float* right, int64_t strip_floats,
                             int64_t E, bool add, const Target& target) {
