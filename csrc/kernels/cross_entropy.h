@@ -11,6 +11,7 @@
 #include "args.h"
 #include "kernels/loss.h"
 #include "simd/buffer.h"
+#include "simd/vec_math.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
@@ -19,40 +20,77 @@ namespace loss {
 // terms in vector lanes is rounded before it joins the others (in fp64), which keeps long rows accurate.
 constexpr int64_t kBlock = 1024;
 
+// `count` columns in fp32, in `to` unless they lie ready; and -inf behind them up to whole vectors: a column that is
+// not there has probability 0.
 template <class T>
-static void load_block(const T* from, int64_t stride, int64_t count, float* to) {
+static const float* load_block(const T* from, int64_t stride, int64_t count, float* to) {
+  if constexpr (sizeof(T) == sizeof(float))
+    if (stride == 1 && count % kLanes == 0) return from;
+  int64_t j = 0;
   if (stride == 1)
-    for (int64_t j = 0; j < count; ++j) to[j] = to_float(from[j]);
-  else
-    for (int64_t j = 0; j < count; ++j) to[j] = to_float(from[j * stride]);
+    for (; j + kLanes <= count; j += kLanes) store_vec(to + j, load_wide(from + j));
+  for (; j < count; ++j) to[j] = to_float(from[j * stride]);
+  for (; j % kLanes != 0; ++j) to[j] = -kInfinity;
+  return to;
 }
 
-static inline void cap_block(const float* x, const Cap& cap, int64_t count, float* z) {
-  if (cap.active())
-    for (int64_t j = 0; j < count; ++j) z[j] = cap.softcap * tanh(x[j] * cap.inverse);
-  else
-    for (int64_t j = 0; j < count; ++j) z[j] = x[j];
+// Calls f(i, j) for vectors of `count` columns at j, i counting four of them round and round: a sum or a maximum of one
+// i need not wait for that of another.
+template <class F>
+static inline void for_vectors(int64_t count, F f) {
+  int64_t j = 0;
+  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) f(i, j + i * kLanes);
+  for (; j < count; j += kLanes) f(0, j);
 }
 
-// The statistics of one block of columns that starts at `first`; argmax only where the block has a logit above
-// `so_far`.
+static inline float largest_of(const float* x, int64_t count) {
+  Vec largest[4];
+  for (Vec& each : largest) each = broadcast(-kInfinity);
+  for_vectors(count, [&](int i, int64_t j) { largest[i] = max(load_vec(x + j), largest[i]); });
+  const Vec all = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+  float result = all[0];
+  for (int lane = 1; lane < kLanes; ++lane) result = all[lane] > result ? all[lane] : result;
+  return result;
+}
+
+// Meanwhile fetches the block that comes next in memory, `bytes` a column: while exponentials are worked out, no load
+// would ask for it.
+static inline float sum_of_exponentials(const float* z, int64_t count, float origin, const char* next, int64_t bytes) {
+  const Vec origins = broadcast(origin);
+  Vec sum[4] = {};
+  for_vectors(count, [&](int i, int64_t j) {
+    __builtin_prefetch(next + j * bytes);
+    sum[i] += exp2((load_vec(z + j) - origins) * kLog2E);
+  });
+  const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  float result = 0.0f;
+  for (int lane = 0; lane < kLanes; ++lane) result += all[lane];
+  return result;
+}
+
+// z = cap(x), in `to` unless there is no cap.
+static inline const float* cap_block(const float* x, const Cap& cap, int64_t count, float* to) {
+  if (!cap.active()) return x;
+  for (int64_t j = 0; j < count; ++j) to[j] = cap.softcap * tanh(x[j] * cap.inverse);
+  for (int64_t j = count; j % kLanes != 0; ++j) to[j] = -kInfinity;
+  return to;
+}
+
+// The statistics of one block of columns that starts at `first`, from its logits x and z; argmax only where the block
+// has a logit above `so_far`.
 static Statistics block_statistics(const float* x, const float* z, int64_t count, int64_t first, float so_far,
-                                   const Cap& cap, const Classes& classes) {
+                                   const Cap& cap, const Classes& classes, const char* next, int64_t bytes) {
   Statistics s;
-  float best = -kInfinity;
-#pragma omp simd reduction(max : best)
-  for (int64_t j = 0; j < count; ++j) best = x[j] > best ? x[j] : best;
-  s.best = best;
-  if (best > so_far) {
-    while (x[s.argmax] != best) ++s.argmax;
+  s.best = largest_of(x, count);
+  if (s.best > so_far) {
+    while (x[s.argmax] != s.best) ++s.argmax;
     s.argmax += first;
   }
-  const float origin = origin_of(cap(best));
+  const float origin = origin_of(cap(s.best));
   s.origin = origin;
-  float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < count; ++j) sum += exp(z[j] - origin);
-  s.sum = sum;
+  s.sum = sum_of_exponentials(z, count, origin, next, bytes);
   if (classes.smoothing > 0.0f) {
     alignas(64) float w[kBlock];
     s.weight = classes.copy(first, count, w);
@@ -70,15 +108,16 @@ static void forward_row(const CrossEntropyArgs& a, const Classes& classes, const
   if (!classes.counted(label)) return write_uncounted_row(a, classes, row);
   const T* logits = static_cast<const T*>(a.logits.data) + row * a.logits.stride[0];
   const int64_t stride = a.logits.stride[1];
-  alignas(64) float x[kBlock];
-  alignas(64) float z[kBlock];
+  alignas(64) float loaded[kBlock];
+  alignas(64) float capped[kBlock];
   Statistics total;
   float target_z = 0.0f;
   for (int64_t first = 0; first < classes.V; first += kBlock) {
     const int64_t count = min_of(kBlock, classes.V - first);
-    load_block(logits + first * stride, stride, count, x);
-    cap_block(x, cap, count, z);
-    total.merge(block_statistics(x, z, count, first, total.best, cap, classes), cap);
+    const float* x = load_block(logits + first * stride, stride, count, loaded);
+    const float* z = cap_block(x, cap, count, capped);
+    const char* next = reinterpret_cast<const char*>(logits + (first + count) * stride);
+    total.merge(block_statistics(x, z, count, first, total.best, cap, classes, next, stride * sizeof(T)), cap);
     if (label >= first && label < first + count) target_z = z[label - first];
   }
   write_counted_row(a, classes, row, total, target_z);
@@ -98,29 +137,32 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
   const int64_t stride = a.logits.stride[1];
   const float lse = at<float>(a.lse, row), lse_low = at<float>(a.lse_low, row);
   const Slopes slopes(a, classes, row);
-  alignas(64) float x[kBlock];
-  alignas(64) float z[kBlock];
+  alignas(64) float x[kBlock];      // z where there is a cap, then the gradient
   alignas(64) float slope[kBlock];  // dz/dx
+  const Vec p = broadcast(slopes.p), high = broadcast(lse), low = broadcast(lse_low);
   for (int64_t first = 0; first < classes.V; first += kBlock) {
     const int64_t count = min_of(kBlock, classes.V - first);
-    load_block(logits + first * stride, stride, count, x);
-    if (cap.active())
+    const float* z = load_block(logits + first * stride, stride, count, x);
+    if (cap.active()) {
       for (int64_t j = 0; j < count; ++j) {
-        const TanhAndSlope t = tanh_and_slope(x[j] * cap.inverse);
-        z[j] = cap.softcap * t.value;
+        const TanhAndSlope t = tanh_and_slope(z[j] * cap.inverse);
+        x[j] = cap.softcap * t.value;
         slope[j] = t.slope;
       }
-    else
-      for (int64_t j = 0; j < count; ++j) z[j] = x[j];
-    // From here x holds the gradient.
-    for (int64_t j = 0; j < count; ++j) x[j] = slopes.p * exp((z[j] - lse) - lse_low);
+      z = x;
+    }
+    const bool has_label = label >= first && label < first + count;
+    const float of_label = has_label ? slopes.label(exp((z[label - first] - lse) - lse_low)) : 0.0f;
+    for_vectors(count, [&](int, int64_t j) {
+      __builtin_prefetch(logits + (first + kBlock + j) * stride);
+      store_vec(x + j, p * exp2(((load_vec(z + j) - high) - low) * kLog2E));
+    });
     if (classes.smoothing > 0.0f) {
       alignas(64) float w[kBlock];
       classes.copy(first, count, w);
       for (int64_t j = 0; j < count; ++j) x[j] -= slopes.all * w[j];
     }
-    if (label >= first && label < first + count)
-      x[label - first] = slopes.label(exp((z[label - first] - lse) - lse_low));
+    if (has_label) x[label - first] = of_label;
     if (cap.active())
       for (int64_t j = 0; j < count; ++j) x[j] *= slope[j];
     T* to = gradient + first * out_stride;
