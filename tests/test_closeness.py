@@ -65,7 +65,7 @@ def test_one_unit_of_the_rows_scale_is_allowed_and_no_more(dtype):
             assert_close((exact + more).to(dtype), exact, exact.to(dtype))
 
 
-def test_four_spreads_are_allowed_and_no_more_and_asked_for_only_where_they_decide():
+def test_five_spreads_are_allowed_and_no_more_and_asked_for_only_where_they_decide():
     exact, asked = torch.ones(1, 2, dtype=torch.float64), []
 
     def spread(samples: int) -> torch.Tensor:
@@ -74,10 +74,10 @@ def test_four_spreads_are_allowed_and_no_more_and_asked_for_only_where_they_deci
 
     assert_close(exact.float(), exact, exact.float(), spread=spread)
     assert asked == []
-    assert_close(exact.float() + 3.9e-4, exact, exact.float(), spread=spread)
+    assert_close(exact.float() + 4.9e-4, exact, exact.float(), spread=spread)
     assert asked == [4]
     with pytest.raises(AssertionError):
-        assert_close(exact.float() + 4.1e-4, exact, exact.float(), spread=spread)
+        assert_close(exact.float() + 5.1e-4, exact, exact.float(), spread=spread)
     assert asked == [4, 4, 16]
 
 

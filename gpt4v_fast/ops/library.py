@@ -80,7 +80,10 @@ def _with_function(
 
     def call(*args: Any) -> Any:
         if not _transforms_active():
-            if differentiable or not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
+            if not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
+                return op(*args)
+            # Only who traces needs what torch.library would record, in several times the time of a Function.
+            if differentiable and (torch.compiler.is_compiling() or _is_traced()):
                 return op(*args)
         elif torch.compiler.is_compiling():
             # torch.compile knows from a tensor's making whether it needs a gradient; torch.func marks its arguments
@@ -98,14 +101,16 @@ def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+def _is_traced() -> bool:
+    return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
+
+
 def is_plain_call(*tensors: torch.Tensor | None) -> bool:
     """Whether an op's implementation may be called by itself: nobody differentiates, traces, transforms or watches it.
 
     The dispatcher then adds nothing but its time, which is that of a small attention.
     """
-    if torch.compiler.is_compiling() or _transforms_active() or torch._C._get_tracing_state() is not None:
-        return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch.compiler.is_compiling() or _transforms_active() or _is_traced() or torch._C._len_torch_function_stack():
         return False
     if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
         return False
