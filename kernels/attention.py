@@ -7,6 +7,7 @@ owns BLOCK_M queries of one head and walks over the keys in blocks of BLOCK_N, s
 Backward (the same paper, algorithm 2): scores are computed again from lse. One kernel owns queries and makes dq, and,
 since it has dout and out at hand, delta = rowsum(dout * out) - dlse; a second one owns keys and makes dk and dv,
 walking over the queries of every head of its group. Nothing is added by atomics, so results are the same bits each run.
+Heads too wide for the registers are taken some columns at a time (kernels/chunks.py), dk and dv then by a launch each.
 
 Flops: 4 S T D a head forward, 14 S T D backward (2.5 times forward, and 2 products of scores done twice for want of
 atomics), half of it when causal. Bytes: q, k, v, out once each from memory if a head's keys fit in L2.
@@ -22,6 +23,7 @@ import triton.language as tl
 
 from gpt4v_fast.kernels import configs
 from gpt4v_fast.kernels.attention_backward import _attention_backward_dkdv_kernel, _attention_backward_dq_kernel
+from gpt4v_fast.kernels.chunks import accumulate, operand, row_products, scale_sums, zero_sums
 from gpt4v_fast.kernels.common import (
     LN2,
     LOG2E,
@@ -29,7 +31,6 @@ from gpt4v_fast.kernels.common import (
     last_dim_contiguous,
     last_visible,
     launch_options,
-    load_tile,
     on_device,
     online_softmax_step,
     store_tile,
@@ -47,29 +48,34 @@ MAX_ROW_STRIDE = 2**31 // MAX_TILE - MAX_HEAD_DIM  # elements; offsets inside a 
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, k_head, v_head, stride_k, stride_v, queries, first_key, last_key, n_keys, offset,
-    to_cap, to_log2,
+    acc, row_max, row_sum, q, k_head, v_head, stride_k, stride_v, queries, n_queries, first_key, last_key, n_keys,
+    offset, to_cap, to_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys first_key..last_key (a multiple of BLOCK_N apart unless MASKED) for one block of queries."""
     block = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
+    columns = tl.arange(0, CHUNK_D)
+    columns_v = tl.arange(0, CHUNK_DV)
     k_tile = tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
     v_tile = tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
     if MASKED:
         limit = last_visible(queries, n_keys, offset, CAUSAL)
     for start in tl.range(first_key, last_key, BLOCK_N):
-        k = load_tile(k_tile, block, columns, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        k = operand(k_tile, block, columns, n_keys - start, D, BLOCK_D, CHUNK_D, MASKED)  # (BLOCK_N, BLOCK_D)
+        scores = row_products(
+            q, k, queries, n_queries, block, n_keys - start, D, BLOCK_D, CHUNK_D, MASKED, PRECISION
+        )  # (BLOCK_M, BLOCK_N)
         if SOFTCAP:
             scores = tanh(scores * to_cap)
         if MASKED:
             scores = tl.where((start + block)[None, :] <= limit[:, None], scores, float("-inf"))
         p, rescale, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, to_log2, MASKED)
-        v = load_tile(v_tile, block, columns_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        v = operand(v_tile, block, columns_v, n_keys - start, DV, BLOCK_DV, CHUNK_DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        p = p.to(v_head.dtype.element_ty)
+        acc = scale_sums(acc, rescale[:, None])
+        acc = accumulate(acc, p, v, block, n_keys - start, DV, BLOCK_DV, CHUNK_DV, MASKED, PRECISION)
         k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
         v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
     return acc, row_max, row_sum
@@ -82,7 +88,8 @@ def _attention_forward_kernel(
     H, S, T, offset, to_cap, to_log2,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, BLOCK_M)
     # The last queries see the most keys, so their blocks start first and the short ones fill the gaps at the end.
@@ -91,33 +98,40 @@ def _attention_forward_kernel(
     h = (tl.program_id(0) // blocks % H).to(tl.int64)
     queries = first_query + tl.arange(0, BLOCK_M)
     block = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
+    columns = tl.arange(0, CHUNK_D)
+    columns_v = tl.arange(0, CHUNK_DV)
     q_tile = q_ptr + (b * stride_qb + h * stride_qh + first_query.to(tl.int64) * stride_qs) * UNIT
     k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
     v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
 
     q_tile = tile_pointers(q_tile, block, columns, stride_qs * UNIT)
-    q = load_tile(q_tile, block, columns, S - first_query, D, True)  # (BLOCK_M, BLOCK_D)
-    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    q = operand(q_tile, block, columns, S - first_query, D, BLOCK_D, CHUNK_D, True)  # (BLOCK_M, BLOCK_D)
+    acc = zero_sums(BLOCK_M, DV, CHUNK_DV)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     unmasked, last = key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
+    CHUNKED: tl.constexpr = CHUNK_D < BLOCK_D or CHUNK_DV < BLOCK_DV
+    if CHUNKED:  # masks cost 2% there, and a second loop more registers than there are
+        unmasked = 0
     # The masked blocks go first: what their masks need is then no burden on the registers of the long loop.
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T,
-        offset, to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, S, unmasked, last, T,
+        offset, to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, CAUSAL, True, SOFTCAP,
+        PRECISION,
     )  # fmt: skip
-    acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
-        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
-    )  # fmt: skip
+    if not CHUNKED:
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, S, 0, unmasked, T,
+            offset, to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, CAUSAL, False, SOFTCAP,
+            PRECISION,
+        )  # fmt: skip
 
     row = (b * H + h) * S + first_query
     saw_nothing = row_sum == 0.0
-    out = acc / tl.where(saw_nothing, 1.0, row_sum)[:, None]
     lse = tl.where(saw_nothing, float("-inf"), (row_max + tl.log2(row_sum)) * _LN2)
-    store_tile(out_ptr + row * DV, out, block, columns_v, DV, S - first_query, DV)
+    for c in tl.static_range(len(acc)):
+        out = acc[c] / tl.where(saw_nothing, 1.0, row_sum)[:, None]
+        store_tile(out_ptr + row * DV + c * CHUNK_DV, out, block, columns_v, DV, S - first_query, DV - c * CHUNK_DV)
     tl.store(lse_ptr + row + block, lse, mask=block < S - first_query)
 
 
@@ -188,8 +202,9 @@ def attention_forward(
             q, k, v, out, lse, *q_strides, *k_strides, *v_strides, H, S, T, offset, to_cap, to_log2,
             GROUP=H // Hkv, D=D, DV=Dv, UNIT=unit,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_N=tile.masked, BLOCK_D=block_d, BLOCK_DV=block_dv,
+            CHUNK_D=min(tile.chunk, block_d), CHUNK_DV=min(tile.chunk, block_dv),
             CAUSAL=causal, SOFTCAP=softcap is not None, PRECISION=configs.dot_precision(arch, q.dtype),
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **launch_options(arch),
+            **tile.launch_options, **launch_options(arch),
         )  # fmt: skip
     return out, lse
 
@@ -242,13 +257,18 @@ def attention_backward(
             q, k, v, out, dout, lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta, dq,
             *q_strides, *k_strides, *v_strides, *d_strides, H, S, T, offset, scale, to_cap, to_log2,
             BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_N=tile.masked, HAS_DLSE=dlse is not None,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+            CHUNK_D=min(tile.chunk, block_d), CHUNK_DV=min(tile.chunk, block_dv),
+            **tile.launch_options, **shared,
         )  # fmt: skip
         tile = config.backward_dkdv
-        _attention_backward_dkdv_kernel[_grid(triton.cdiv(T, tile.block_n), B * Hkv)](
-            q, k, v, dout, lse, delta, dk, dv,
-            *q_strides, *k_strides, *v_strides, *d_strides, Hkv, S, T, offset, scale, to_cap, to_log2,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_M=tile.masked,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
-        )  # fmt: skip
+        # Where rows of a head are taken in chunks, dk and dv in one program would not fit its registers.
+        together = max(block_d, block_dv) <= tile.chunk
+        for of_k, of_v in [(True, True)] if together else [(True, False), (False, True)]:
+            _attention_backward_dkdv_kernel[_grid(triton.cdiv(T, tile.block_n), B * Hkv)](
+                q, k, v, dout, lse, delta, dk, dv,
+                *q_strides, *k_strides, *v_strides, *d_strides, Hkv, S, T, offset, scale, to_cap, to_log2,
+                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_M=tile.masked,
+                CHUNK_D=min(tile.chunk, block_d), CHUNK_DV=min(tile.chunk, block_dv), OF_K=of_k, OF_V=of_v,
+                **tile.launch_options, **shared,
+            )  # fmt: skip
     return (dq if factor == 1.0 else dq * factor), dk, dv

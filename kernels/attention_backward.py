@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpt4v_fast.kernels.common import LOG2E, key_bounds, last_visible, load_tile, store_tile, tanh, tile_pointers
+from gpt4v_fast.kernels.chunks import accumulate, operand, row_products, store_sums, zero_sums
+from gpt4v_fast.kernels.common import (
+    LOG2E,
+    key_bounds,
+    last_visible,
+    load_tile,
+    tanh,
+    tile_pointers,
+)
 
 _LOG2E = tl.constexpr(LOG2E)
 
@@ -22,30 +30,36 @@ def _probabilities(products, lse, to_cap, to_log2, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _accumulate_dq(
-    dq, q, dout, lse, delta, k_head, v_head, stride_k, stride_v, queries, first_key, last_key, n_keys, offset,
-    to_cap, to_log2,
+    dq, q, dout, lse, delta, k_head, v_head, stride_k, stride_v, queries, n_queries, first_key, last_key,
+    n_keys, offset, to_cap, to_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
+    columns = tl.arange(0, CHUNK_D)
+    columns_v = tl.arange(0, CHUNK_DV)
     k_tile = tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
     v_tile = tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
     if MASKED:
         limit = last_visible(queries, n_keys, offset, CAUSAL)
     for start in tl.range(first_key, last_key, BLOCK_N):
-        k = load_tile(k_tile, block, columns, n_keys - start, D, MASKED)  # (BLOCK_N, BLOCK_D)
-        v = load_tile(v_tile, block, columns_v, n_keys - start, DV, MASKED)  # (BLOCK_N, BLOCK_DV)
-        products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        n_rows = n_keys - start
+        k = operand(k_tile, block, columns, n_rows, D, BLOCK_D, CHUNK_D, MASKED)  # (BLOCK_N, BLOCK_D)
+        v = operand(v_tile, block, columns_v, n_rows, DV, BLOCK_DV, CHUNK_DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        products = row_products(
+            q, k, queries, n_queries, block, n_rows, D, BLOCK_D, CHUNK_D, MASKED, PRECISION
+        )  # (BLOCK_M, BLOCK_N)
         p, slope = _probabilities(products, lse[:, None], to_cap, to_log2, SOFTCAP)
         if MASKED:
             p = tl.where((start + block)[None, :] <= limit[:, None], p, 0.0)
-        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)  # (BLOCK_M, BLOCK_N)
+        dp = row_products(
+            dout, v, queries, n_queries, block, n_rows, DV, BLOCK_DV, CHUNK_DV, MASKED, PRECISION
+        )  # (BLOCK_M, BLOCK_N)
         ds = p * (dp - delta[:, None])
         if SOFTCAP:
             ds = ds * slope
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+        dq = accumulate(dq, ds, k, block, n_rows, D, BLOCK_D, CHUNK_D, MASKED, PRECISION)
         k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
         v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
     return dq
@@ -59,7 +73,8 @@ def _attention_backward_dq_kernel(
     H, S, T, offset, scale, to_cap, to_log2,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_DLSE: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, HAS_DLSE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(S, BLOCK_M)
     first_query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
@@ -67,8 +82,8 @@ def _attention_backward_dq_kernel(
     h = (tl.program_id(0) // blocks % H).to(tl.int64)
     queries = first_query + tl.arange(0, BLOCK_M)
     block = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
+    columns = tl.arange(0, CHUNK_D)
+    columns_v = tl.arange(0, CHUNK_DV)
     n_rows = S - first_query
     row = (b * H + h) * S + first_query
     q_tile = q_ptr + (b * stride_qb + h * stride_qh + first_query.to(tl.int64) * stride_qs) * UNIT
@@ -79,9 +94,16 @@ def _attention_backward_dq_kernel(
     out_tile = tile_pointers(out_ptr + row * DV, block, columns_v, DV)
     dout_tile = tile_pointers(dout_tile, block, columns_v, stride_ds * UNIT)
     q_tile = tile_pointers(q_tile, block, columns, stride_qs * UNIT)
-    out = load_tile(out_tile, block, columns_v, n_rows, DV, True)  # (BLOCK_M, BLOCK_DV)
-    dout = load_tile(dout_tile, block, columns_v, n_rows, DV, True)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    dout = operand(dout_tile, block, columns_v, n_rows, DV, BLOCK_DV, CHUNK_DV, True)  # (BLOCK_M, BLOCK_DV)
+    if CHUNK_DV == BLOCK_DV:
+        out = load_tile(out_tile, block, columns_v, n_rows, DV, True)  # (BLOCK_M, BLOCK_DV)
+        delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    else:
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        for start in tl.static_range(0, DV, CHUNK_DV):
+            out = load_tile(out_tile + start, block, columns_v, n_rows, DV - start, True)  # (BLOCK_M, CHUNK_DV)
+            chunk = load_tile(dout_tile + start, block, columns_v, n_rows, DV - start, True)
+            delta += tl.sum(out.to(tl.float32) * chunk.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(dlse_ptr + row + block, mask=block < n_rows, other=0.0)
     # Rows past the end get an lse of +inf, so that their probabilities are 0 without a mask; a row that saw nothing has
@@ -89,19 +111,25 @@ def _attention_backward_dq_kernel(
     lse = tl.load(lse_ptr + row + block, mask=block < n_rows, other=float("inf")) * _LOG2E
     delta = tl.where(lse == float("-inf"), 0.0, delta)
     tl.store(delta_ptr + row + block, delta, mask=block < n_rows)
-    q = load_tile(q_tile, block, columns, n_rows, D, True)
+    q = operand(q_tile, block, columns, n_rows, D, BLOCK_D, CHUNK_D, True)  # (BLOCK_M, BLOCK_D)
 
-    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    dq = zero_sums(BLOCK_M, D, CHUNK_D)
     unmasked, last = key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
+    CHUNKED: tl.constexpr = CHUNK_D < BLOCK_D or CHUNK_DV < BLOCK_DV
+    if CHUNKED:  # one walk, as in the forward kernel
+        unmasked = 0
     dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, unmasked, last, T, offset,
-        to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, S, unmasked, last, T,
+        offset, to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, CAUSAL, True, SOFTCAP,
+        PRECISION,
     )  # fmt: skip
-    dq = _accumulate_dq(
-        dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, 0, unmasked, T, offset,
-        to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
-    )  # fmt: skip
-    store_tile(dq_ptr + row * D, dq * scale, block, columns, D, n_rows, D)
+    if not CHUNKED:
+        dq = _accumulate_dq(
+            dq, q, dout, lse, delta, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, S, 0, unmasked, T,
+            offset, to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, CAUSAL, False, SOFTCAP,
+            PRECISION,
+        )  # fmt: skip
+    store_sums(dq_ptr + row * D, dq, scale, block, n_rows, D, CHUNK_D)
 
 
 @triton.jit
@@ -109,6 +137,7 @@ def _accumulate_dkdv(
     dk, dv, k, v, q_head, dout_head, lse_head, delta_head, stride_q, stride_d, keys, first_query, n_blocks, jump_from,
     jump_to, n_queries, n_keys, offset, to_cap, to_log2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """n_blocks blocks of queries of one head for one block of keys; scores stand transposed, (keys, queries).
@@ -116,34 +145,41 @@ def _accumulate_dkdv(
     A masked walk takes the blocks that the diagonal cuts, up to jump_from, and then the last, ragged one at jump_to.
     """
     block = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
+    columns = tl.arange(0, CHUNK_D)
+    columns_v = tl.arange(0, CHUNK_DV)
     start = first_query
     if MASKED:
         start = tl.where(start < jump_from, start, jump_to)
     q_tile = tile_pointers(q_head + tl.cast(start, tl.int64) * stride_q, block, columns, stride_q)
     dout_tile = tile_pointers(dout_head + tl.cast(start, tl.int64) * stride_d, block, columns_v, stride_d)
     for _ in tl.range(0, n_blocks):
-        q = load_tile(q_tile, block, columns, n_queries - start, D, MASKED)  # (BLOCK_M, BLOCK_D)
-        dout = load_tile(dout_tile, block, columns_v, n_queries - start, DV, MASKED)  # (BLOCK_M, BLOCK_DV)
+        n_rows = n_queries - start
+        q = operand(q_tile, block, columns, n_rows, D, BLOCK_D, CHUNK_D, MASKED)  # (BLOCK_M, BLOCK_D)
+        dout = operand(dout_tile, block, columns_v, n_rows, DV, BLOCK_DV, CHUNK_DV, MASKED)  # (BLOCK_M, BLOCK_DV)
         if MASKED:
             # Rows past the end get an lse of +inf, so that their probabilities are 0.
-            lse = tl.load(lse_head + start + block, mask=block < n_queries - start, other=float("inf"))
-            delta = tl.load(delta_head + start + block, mask=block < n_queries - start, other=0.0)
+            lse = tl.load(lse_head + start + block, mask=block < n_rows, other=float("inf"))
+            delta = tl.load(delta_head + start + block, mask=block < n_rows, other=0.0)
         else:
             lse = tl.load(lse_head + start + block)
             delta = tl.load(delta_head + start + block)
-        products = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
+        products = row_products(
+            k, q, keys, n_keys, block, n_rows, D, BLOCK_D, CHUNK_D, MASKED, PRECISION
+        )  # (BLOCK_N, BLOCK_M)
         p, slope = _probabilities(products, (lse * _LOG2E)[None, :], to_cap, to_log2, SOFTCAP)
         if MASKED:
             limit = last_visible(start + block, n_keys, offset, CAUSAL)
             p = tl.where(keys[:, None] <= limit[None, :], p, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)  # (BLOCK_N, BLOCK_M)
-        ds = p * (dp - delta[None, :])
-        if SOFTCAP:
-            ds = ds * slope
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if OF_V:
+            dv = accumulate(dv, p, dout, block, n_rows, DV, BLOCK_DV, CHUNK_DV, MASKED, PRECISION)
+        if OF_K:
+            dp = row_products(
+                v, dout, keys, n_keys, block, n_rows, DV, BLOCK_DV, CHUNK_DV, MASKED, PRECISION
+            )  # (BLOCK_N, BLOCK_M)
+            ds = p * (dp - delta[None, :])
+            if SOFTCAP:
+                ds = ds * slope
+            dk = accumulate(dk, ds, q, block, n_rows, D, BLOCK_D, CHUNK_D, MASKED, PRECISION)
         step = BLOCK_M
         if MASKED:
             step = tl.where((start < jump_from) & (start + BLOCK_M >= jump_from), jump_to - start, BLOCK_M)
@@ -161,6 +197,7 @@ def _attention_backward_dkdv_kernel(
     Hkv, S, T, offset, scale, to_cap, to_log2,
     GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr, OF_K: tl.constexpr, OF_V: tl.constexpr,
     CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(T, BLOCK_N)
@@ -169,15 +206,15 @@ def _attention_backward_dkdv_kernel(
     hkv = (tl.program_id(0) // blocks % Hkv).to(tl.int64)
     block = tl.arange(0, BLOCK_N)
     keys = first_key + block
-    columns = tl.arange(0, BLOCK_D)
-    columns_v = tl.arange(0, BLOCK_DV)
+    columns = tl.arange(0, CHUNK_D)
+    columns_v = tl.arange(0, CHUNK_DV)
     n_rows = T - first_key
     k_tile = k_ptr + (b * stride_kb + hkv * stride_kh + first_key.to(tl.int64) * stride_kt) * UNIT
     v_tile = v_ptr + (b * stride_vb + hkv * stride_vh + first_key.to(tl.int64) * stride_vt) * UNIT
     k_tile = tile_pointers(k_tile, block, columns, stride_kt * UNIT)
     v_tile = tile_pointers(v_tile, block, columns_v, stride_vt * UNIT)
-    k = load_tile(k_tile, block, columns, n_rows, D, True)  # (BLOCK_N, BLOCK_D)
-    v = load_tile(v_tile, block, columns_v, n_rows, DV, True)  # (BLOCK_N, BLOCK_DV)
+    k = operand(k_tile, block, columns, n_rows, D, BLOCK_D, CHUNK_D, True)  # (BLOCK_N, BLOCK_D)
+    v = operand(v_tile, block, columns_v, n_rows, DV, BLOCK_DV, CHUNK_DV, True)  # (BLOCK_N, BLOCK_DV)
 
     # Queries below `first` see no key of this block, those from `everyone` on see all of them that exist. Keys past the
     # end need no mask: each makes a row of dk and dv that is never stored.
@@ -187,11 +224,12 @@ def _attention_backward_dkdv_kernel(
         first = tl.minimum(tl.maximum(first_key - offset, 0), S) // MASKED_M * MASKED_M
         everyone = tl.cdiv(tl.maximum(first_key + BLOCK_N - 1 - offset, 0), BLOCK_M) * BLOCK_M
     whole = S // BLOCK_M * BLOCK_M
-    everyone = tl.minimum(everyone, whole)
+    CHUNKED: tl.constexpr = CHUNK_D < BLOCK_D or CHUNK_DV < BLOCK_DV
+    everyone = whole if CHUNKED else tl.minimum(everyone, whole)  # chunked: one masked walk over all blocks
     first = tl.minimum(first, everyone)
     masked_blocks = (everyone - first) // MASKED_M + tl.cdiv(S - whole, MASKED_M)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
+    dk = zero_sums(BLOCK_N, D, CHUNK_D)
+    dv = zero_sums(BLOCK_N, DV, CHUNK_DV)
     for member in range(GROUP):
         h = hkv * GROUP + member
         q_head = q_ptr + (b * stride_qb + h * stride_qh) * UNIT
@@ -200,13 +238,16 @@ def _attention_backward_dkdv_kernel(
         dk, dv = _accumulate_dkdv(
             dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
             stride_ds * UNIT, keys, first, masked_blocks, everyone, whole, S, T, offset, to_cap, to_log2,
-            D, DV, MASKED_M, BLOCK_D, BLOCK_DV, CAUSAL, True, SOFTCAP, PRECISION,
+            D, DV, MASKED_M, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, OF_K, OF_V, CAUSAL, True, SOFTCAP, PRECISION,
         )  # fmt: skip
-        dk, dv = _accumulate_dkdv(
-            dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
-            stride_ds * UNIT, keys, everyone, (whole - everyone) // BLOCK_M, 0, 0, S, T, offset, to_cap, to_log2,
-            D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CAUSAL, False, SOFTCAP, PRECISION,
-        )  # fmt: skip
+        if not CHUNKED:
+            dk, dv = _accumulate_dkdv(
+                dk, dv, k, v, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
+                stride_ds * UNIT, keys, everyone, (whole - everyone) // BLOCK_M, 0, 0, S, T, offset, to_cap, to_log2,
+                D, DV, BLOCK_M, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, OF_K, OF_V, CAUSAL, False, SOFTCAP, PRECISION,
+            )  # fmt: skip
     row = (b * Hkv + hkv) * T + first_key
-    store_tile(dk_ptr + row * D, dk * scale, block, columns, D, n_rows, D)
-    store_tile(dv_ptr + row * DV, dv, block, columns_v, DV, n_rows, DV)
+    if OF_K:
+        store_sums(dk_ptr + row * D, dk, scale, block, n_rows, D, CHUNK_D)
+    if OF_V:
+        store_sums(dv_ptr + row * DV, dv, 1.0, block, n_rows, DV, CHUNK_DV)

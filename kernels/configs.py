@@ -1,8 +1,7 @@
 """Every launch table of the Triton kernels: plain data, no triton, a deterministic answer for any device.
 
 `attention(arch, dtype, head_dim)` and `cross_entropy(arch, dtype, vocabulary)` look an entry up; arch is "sm_90",
-"gfx942" or "interpreter". Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills (but fp32
-heads over 128 on NVIDIA, see below), at least
+"gfx942" or "interpreter". Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills, at least
 8 warps on a multiprocessor, shared memory that the chip has, then the fewest instructions per score in the unmasked
 loop. Times are not measured: no GPU was at hand. tests/gpu_compile holds every entry to it.
 """
@@ -19,7 +18,8 @@ class Tile:
     """One launch of an attention kernel.
 
     masked is BLOCK_N (BLOCK_M for dk and dv, which walk over queries) in the blocks that a mask cuts; it divides
-    block_n (block_m). Masks need registers, so where they would spill, masked blocks are smaller.
+    block_n (block_m). Masks need registers, so where they would spill, masked blocks are smaller. Heads wider than
+    chunk are taken that many columns at a time, all their blocks as if a mask cut them, and dk and dv by a launch each.
     """
 
     block_m: int  # queries
@@ -27,6 +27,14 @@ class Tile:
     num_warps: int
     num_stages: int  # blocks in flight between memory and the matrix units
     masked: int
+    chunk: int = 256  # columns of a head in registers at once
+    registers: int | None = None  # of a thread, at most; given, ptxas does not spill for the sake of one program more
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        """What a launch of this entry says to the compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +57,7 @@ def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, .
 
 
 # (family, bits of an element, head size rounded up to a power of two); forward, dq, dk and dv: block_m, block_n,
-# num_warps, num_stages, masked. What decides:
+# num_warps, num_stages, masked, and where heads are taken in chunks, chunk and registers. What decides:
 #   sm_80   two products in a chain share their warps only where the accumulator is no wider than high: BLOCK_M >= Dv,
 #           or scores are computed more than once; 255 registers a thread bound the rest.
 #   sm_86   the same instructions in 99 KB of shared memory (sm_89 and sm_120 too).
@@ -57,7 +65,9 @@ def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, .
 #           fit its registers and run on the sm_80 instructions.
 #   sm_100  accumulators live in tensor memory; a pipeline of two stages around the loop over a group's heads spills.
 #   gfx942  a warp takes 32 rows; with fewer rows than that a warp, scores are computed more than once. 64 KB of LDS.
-#   cuda    fp32 as three products of tf32 halves, which triples operands and so the registers. Heads over 128 spill.
+#           dk and dv of 256-wide fp32 heads spill unless taken in chunks.
+#   cuda    fp32 as three products of tf32 halves, which doubles operands and so the registers. Heads over 128 go in
+#           chunks (kernels/chunks.py); tiles wider than high, so that warps share columns and compute no score twice.
 ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("sm_80", 16, 32): _attention((128, 128, 8, 2, 128), (128, 32, 4, 2, 32), (32, 128, 4, 2, 32)),
     ("sm_80", 16, 64): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (32, 128, 8, 2, 32)),
@@ -82,15 +92,18 @@ ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("cuda", 32, 32): _attention((64, 32, 4, 2, 16), (32, 32, 4, 2, 16), (16, 32, 4, 2, 16)),
     ("cuda", 32, 64): _attention((128, 32, 8, 2, 32), (32, 32, 4, 2, 16), (16, 32, 4, 2, 16)),
     ("cuda", 32, 128): _attention((32, 32, 8, 2, 32), (16, 32, 8, 2, 32), (16, 16, 4, 1, 16)),
-    ("cuda", 32, 256): _attention((16, 16, 8, 1, 16), (16, 16, 8, 1, 16), (16, 16, 8, 1, 16)),
+    ("cuda", 32, 256): _attention(
+        (16, 32, 4, 2, 32, 32, 255), (16, 32, 4, 2, 32, 32, 255), (32, 16, 4, 2, 32, 32, 255)
+    ),
     ("gfx942", 32, 32): _attention((128, 32, 4, 1, 32), (128, 32, 4, 1, 32), (32, 128, 4, 1, 32)),
     ("gfx942", 32, 64): _attention((128, 32, 4, 1, 32), (128, 32, 4, 1, 32), (32, 128, 4, 1, 32)),
     ("gfx942", 32, 128): _attention((128, 32, 4, 1, 32), (128, 16, 4, 1, 16), (16, 64, 4, 1, 16)),
-    ("gfx942", 32, 256): _attention((64, 16, 4, 1, 16), (64, 16, 4, 1, 16), (16, 32, 4, 1, 16)),
+    ("gfx942", 32, 256): _attention((64, 16, 4, 1, 16), (64, 16, 4, 1, 16), (32, 64, 4, 1, 32, 64)),
 }
 
 # Small enough that short sequences have several blocks, of both kinds; large enough that tests end soon.
 _INTERPRETER_ATTENTION = _attention((32, 64, 4, 1, 32), (32, 64, 4, 1, 32), (64, 32, 4, 1, 32))
+_INTERPRETER_CHUNKED = _attention((32, 64, 4, 1, 32, 32), (32, 64, 4, 1, 32, 32), (64, 32, 4, 1, 32, 32))
 _INTERPRETER_CROSS_ENTROPY = CrossEntropyConfig(64, 4)
 
 # By bits of an element: two loads of 128 bits a thread in flight, four programs on a multiprocessor (52 registers a
@@ -110,7 +123,7 @@ def family(arch: str) -> str:
 def attention(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
     """The entry for a device, an element type and the larger of the two head sizes."""
     if arch == "interpreter":
-        return _INTERPRETER_ATTENTION
+        return _INTERPRETER_CHUNKED if dtype == torch.float32 and head_dim > 128 else _INTERPRETER_ATTENTION
     padded = next(size for size in (32, 64, 128, 256) if head_dim <= size)
     if dtype == torch.float32 and not arch.startswith("gfx"):
         return ATTENTION["cuda", 32, padded]

@@ -68,6 +68,12 @@ CASES = [
     Case("wide-v", 1, 2, 2, 34, 34, 24, 96, causal=True),
     Case("narrow-v", 1, 2, 1, 34, 50, 96, 8, dtype=BF16),
     Case("d256", 1, 1, 1, 33, 40, 256, 256, causal=True, dtype=BF16),
+    # fp32 heads over 128 are taken in chunks (kernels/chunks.py).
+    Case("chunks-d256", 1, 2, 1, 37, 70, 256, 256),
+    Case("chunks-causal-group", 2, 4, 2, 40, 50, 160, 160, causal=True),
+    Case("chunks-narrow-v", 1, 3, 1, 70, 33, 192, 40, causal=True),
+    Case("chunks-wide-v-softcap", 1, 2, 1, 33, 67, 24, 200, causal=True, softcap=5.0, scale=0.3),
+    Case("chunks-odd", 1, 2, 2, 65, 129, 129, 131, causal=True, top_left=True),
     Case("vit", 1, 1, 1, 577, 577, 64, 64, dtype=BF16),
     Case("softcap", 1, 2, 1, 40, 50, 32, 32, causal=True, softcap=5.0, scale=0.7),
     Case("softcap-saturated", 1, 2, 1, 40, 2, 16, 16, softcap=0.5),

@@ -124,8 +124,9 @@ def _sass_line(line: str) -> tuple[str, str | None, bool] | None:
     if found is None:
         return None
     predicate, name, operands = found.groups()
-    if name.startswith(("BRA", "JMP")):
-        label = re.search(r"\.L_x_\w+", operands)
+    label = re.search(r"\.L_x_\w+", operands)
+    # A far jump under a predicate is written as a call from which nobody returns.
+    if name.startswith(("BRA", "JMP")) or (name.startswith("CALL.REL.NOINC") and label is not None):
         # "BRA.U UP0" and "BRA P1" carry a condition among their operands.
         conditional = predicate is not None or re.match(r"!?U?P\d", operands) is not None or ".DIV" in name
         return name, label.group(0) if label else None, conditional
