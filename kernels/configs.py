@@ -90,7 +90,8 @@ ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("gfx942", 16, 128): _attention((128, 64, 4, 2, 32), (128, 32, 4, 1, 32), (16, 128, 4, 1, 16)),
     ("gfx942", 16, 256): _attention((128, 32, 4, 1, 32), (128, 32, 4, 1, 32), (16, 64, 4, 1, 16)),
     ("cuda", 32, 32): _attention((64, 32, 4, 2, 16), (32, 32, 4, 2, 16), (16, 32, 4, 2, 16)),
-    ("cuda", 32, 64): _attention((128, 32, 8, 2, 32), (32, 32, 4, 2, 16), (16, 32, 4, 2, 16)),
+    ("cuda", 32, 64): _attention((128, 32, 8, 2, 32), (32, 32, 4, 1, 16), (16, 32, 4, 2, 16)),
+    ("sm_120", 32, 64): _attention((32, 32, 4, 2, 32), (32, 32, 4, 1, 16), (16, 32, 4, 2, 16)),  # 128 rows spill there
     ("cuda", 32, 128): _attention((32, 32, 8, 2, 32), (16, 32, 8, 2, 32), (16, 16, 4, 1, 16)),
     ("cuda", 32, 256): _attention(
         (16, 32, 4, 2, 32, 32, 255), (16, 32, 4, 2, 32, 32, 255), (32, 16, 4, 2, 32, 32, 255)
@@ -126,7 +127,8 @@ def attention(arch: str, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
         return _INTERPRETER_CHUNKED if dtype == torch.float32 and head_dim > 128 else _INTERPRETER_ATTENTION
     padded = next(size for size in (32, 64, 128, 256) if head_dim <= size)
     if dtype == torch.float32 and not arch.startswith("gfx"):
-        return ATTENTION["cuda", 32, padded]
+        own = "sm_120" if arch.startswith("sm_12") else "cuda"
+        return ATTENTION.get((own, 32, padded), ATTENTION["cuda", 32, padded])
     return ATTENTION[family(arch), 8 * dtype.itemsize, padded]
 
 
