@@ -51,7 +51,8 @@ static inline Vec exp2(Vec x) {
 #ifdef __AVX512F__
   return _mm512_scalef_ps(p, x);
 #else
-  const Vec power = (Vec)((VecInt)p + ((VecInt)shifted << 23));
+  // Unsigned: out of range it wraps, and is not looked at.
+  const Vec power = (Vec)((VecUnsigned)p + ((VecUnsigned)shifted << 23));
   return x >= -126.0f ? power : max(Vec{}, x);  // 0, or the NaN
 #endif
 }
