@@ -42,7 +42,7 @@ template <class T, class Element>
 static void copy_row(const T* from, int64_t stride, int64_t count, Element* to) {
   if constexpr (sizeof(T) != sizeof(Element))
     pack<T>({from, 0, stride}, 1, count, to, count);
-  else if (stride == 1)
+  else if (stride == 1 && count > 0)  // memcpy takes no null pointer, whatever the count
     std::memcpy(to, from, count * sizeof(T));
   else
     for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
