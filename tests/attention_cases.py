@@ -332,11 +332,3 @@ SCORES = [
     Case("huge-scores-bf16", 60, 90, D=64, scale=3.0, amplitude=3.0, dtype=BF16),
 ]  # fmt: skip
 CASES = [*SIZES, *LAYOUTS, *MASKS, *SCORES]
-# Where the kernels are not as exact as the rule asks, and why.
-INEXACT: dict[str, str] = {}
-
-
-def expected_to_fail(case: Any) -> Any:
-    """The case as a parameter of a test, marked where it is known to be too inexact."""
-    marks = [pytest.mark.xfail(reason=INEXACT[case.name], strict=True)] if case.name in INEXACT else []
-    return pytest.param(case, marks=marks, id=case.name)
