@@ -11,8 +11,7 @@ from gpt4v_fast.kernels.common import (
     key_bounds,
     last_visible,
     load_tile,
-    tanh,
-    tanh_slope,
+    tanh_and_slope,
     tile_pointers,
 )
 
@@ -23,8 +22,8 @@ _LOG2E = tl.constexpr(LOG2E)
 def _probabilities(products, lse, to_cap, to_log2, SOFTCAP: tl.constexpr):
     """(p, slope) from q k^T: softmax as the forward pass had it, and d z / d (scale q k^T), 1 without a softcap."""
     if SOFTCAP:
-        x = products * to_cap
-        return tl.exp2(tanh(x) * to_log2 - lse), tanh_slope(x)
+        capped, slope = tanh_and_slope(products * to_cap)
+        return tl.exp2(capped * to_log2 - lse), slope
     else:
         return tl.exp2(products * to_log2 - lse), 1.0
 
