@@ -23,8 +23,9 @@ def define_op(
 ) -> Callable[..., Any]:
     """Registers `gpt4v_fast::<schema>` and returns the callable op.
 
-    Under torch.func's transforms (grad, vjp, jacrev, vmap, ...) what it returns goes through a torch.autograd.Function,
-    because ops of `torch.library.register_autograd` do not serve those; vmap calls the op once per element.
+    Where a gradient is wanted what it returns goes through a torch.autograd.Function: under torch.func's transforms
+    (grad, vjp, jacrev, vmap, ...), which ops of `torch.library.register_autograd` do not serve, and in eager mode, where
+    that takes several times as long. Tracers see the op. vmap calls it once per element.
 
     Args:
         schema: the op's name and signature in torch's schema language.
@@ -52,8 +53,8 @@ def define_op(
 def _with_function(
     name: str, op: Any, setup_context: Callable[..., None], backward: Callable[..., Any], *, differentiable: bool
 ) -> Callable[..., Any]:
-    """`op`, or the same op as an autograd.Function: under transforms of torch.func, and, where the op itself is not
-    `differentiable`, for whoever means to differentiate it."""
+    """`op`, or the same op as an autograd.Function: under transforms of torch.func, and for whoever means to
+    differentiate it, unless it is traced and itself `differentiable`."""
 
     def forward(*args: Any) -> Any:
         return op(*args)
