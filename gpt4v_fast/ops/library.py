@@ -24,8 +24,8 @@ def define_op(
     """Registers `gpt4v_fast::<schema>` and returns the callable op.
 
     Where a gradient is wanted what it returns goes through a torch.autograd.Function: under torch.func's transforms
-    (grad, vjp, jacrev, vmap, ...), which ops of `torch.library.register_autograd` do not serve, and in eager mode, where
-    that takes several times as long. Tracers see the op. vmap calls it once per element.
+    (grad, vjp, jacrev, vmap, ...), which ops of `torch.library.register_autograd` do not serve, and in eager mode,
+    where that takes several times as long. Tracers see the op. vmap calls it once per element.
 
     Args:
         schema: the op's name and signature in torch's schema language.
