@@ -4,5 +4,9 @@ benchmarks.attention` (`.loss`, `.patch_embed`) in the source tree.
 registry.py   what is timed; the cases themselves stand in attention.py, loss.py and patch_embed.py
 check.py      no time before the numbers are right
 timing.py     interleaved rounds between peak probes; peaks.py has the probes
-runner.py     runs cases and makes the record; report.py shows it: table, JSON, HTML
+memory.py     extra memory of one call, in a process of its own
+runner.py     runs cases; record.py keeps the record (JSON), report.py shows it: table, HTML
+command.py    the options
+
+docs/benchmarks.md says how to run them and how numbers are taken.
 """

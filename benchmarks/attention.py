@@ -36,7 +36,7 @@ class Shape:
     directions: tuple[str, ...] = TRAINING
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     copies: int = 1
-    quick: bool = False
+    part: str = "default"
 
     @property
     def keys(self) -> int:
@@ -92,9 +92,9 @@ SHAPES = (
     # Caches of 32 and 64 MiB, taken in turn: a decoder finds its cache in memory, not in a processor's cache.
     Shape("decode_h32_kv8_t8192_d128", 1, 32, 1, 128, Hkv=8, T=8192, directions=("forward",), copies=8),
     Shape("smallest_h4_s16_d32", 1, 4, 16, 32, directions=("forward",)),
-    Shape("quick_causal", 1, 4, 96, 32, Hkv=2, mask="causal", quick=True),
-    Shape("quick_images", 1, 2, 64, 32, mask="images", directions=("forward",), quick=True),
-    Shape("quick_decode", 1, 4, 1, 32, Hkv=2, T=128, directions=("forward",), copies=2, quick=True),
+    Shape("quick_causal", 1, 4, 96, 32, Hkv=2, mask="causal", part="quick"),
+    Shape("quick_images", 1, 2, 64, 32, mask="images", directions=("forward",), part="quick"),
+    Shape("quick_decode", 1, 4, 1, 32, Hkv=2, T=128, directions=("forward",), copies=2, part="quick"),
 )
 
 # Products of S x T of the forward pass: q k^T and p v; the backward pass makes five (FlashAttention-2).
@@ -126,7 +126,7 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
         expected=lambda inputs: expected(inputs, direction),
         contenders=contenders(shape),
         copies=shape.copies,
-        quick=shape.quick,
+        part=shape.part,
     )
 
 
@@ -234,6 +234,6 @@ def contenders(shape: Shape) -> tuple[Contender, ...]:
 
 
 if __name__ == "__main__":
-    from .runner import main
+    from .command import main
 
     sys.exit(main(ops=["attention"]))

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-import gpt4v_fast as gf
 from gpt4v_fast import reference
 
-from . import scales
-from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, Unavailable, compute_bound, timed
+from . import loss_peers, scales
+from .loss_peers import IGNORE
+from .registry import DTYPES, Case, Expected, Inputs, compute_bound
 
-DIRECTIONS = ("forward", "forward+backward")
-IGNORE = -100
-# Where the exact answer of all tokens would take more multiply-adds than this, the first CHECK_TOKENS are checked.
-CHECK_LIMIT = 1e11
+BOTH = ("forward", "forward+backward")
+TRAINING = ("forward+backward",)
+# Where the exact answer of all tokens would take more multiply-adds than this, the first CHECK_TOKENS are checked, and
+# of a weight with more elements than CHECK_WEIGHT its first rows.
+CHECK_LIMIT = 2e10
 CHECK_TOKENS = 64
+CHECK_WEIGHT = 10**8
 CHUNK = 128  # tokens whose fp64 logits exist at a time, where a product makes them
 GIVEN_CHUNK = 16  # and where they are given: few enough to stay in the cache
 
@@ -35,7 +36,8 @@ class Shape:
     E: int = 0
     ignored: float = 0.0
     dtypes: tuple[str, ...] = ("fp32", "bf16")
-    quick: bool = False
+    directions: tuple[str, ...] = BOTH
+    part: str = "default"
 
     @property
     def op(self) -> str:
@@ -50,21 +52,41 @@ class Shape:
         return {"N": self.N, "V": self.V, **({"E": self.E} if self.E else {}), "counted": self.counted}
 
 
-SHAPES = (
+def _grid() -> list[Shape]:
+    """Every size and share of ignored labels of the issue that the usual record leaves out."""
+    sizes = itertools.product(
+        (256, 1024, 4096, 8192), (32000, 49152, 128256, 262144), (576, 2048, 4096), (0.0, 0.5, 0.9)
+    )
+    return [
+        Shape(f"n{N}_v{V}_e{E}" + (f"_ignored{100 * ignored:.0f}" if ignored else ""), N, V, E, ignored, part="all")
+        for N, V, E, ignored in sizes
+    ]
+
+
+DEFAULT = (
     Shape("n512_v49152_e576", 512, 49152, 576),
-    Shape("n1024_v49152_e576_ignored90", 1024, 49152, 576, ignored=0.9),
-    Shape("n256_v32000_e2048", 256, 32000, 2048),
-    Shape("n128_v128256_e576", 128, 128256, 576),
+    Shape("n512_v49152_e576_ignored50", 512, 49152, 576, 0.5, ("bf16",), TRAINING),
+    Shape("n512_v49152_e576_ignored90", 512, 49152, 576, 0.9, directions=TRAINING),
+    Shape("n256_v32000_e2048", 256, 32000, 2048, directions=TRAINING),
+    Shape("n256_v32000_e4096", 256, 32000, 4096, dtypes=("bf16",), directions=TRAINING),
+    Shape("n256_v128256_e576", 256, 128256, 576, dtypes=("bf16",)),
+    Shape("n256_v262144_e576", 256, 262144, 576, dtypes=("bf16",), directions=TRAINING),
+    Shape("n8192_v32000_e576", 8192, 32000, 576, dtypes=("bf16",), directions=TRAINING),
     Shape("n1024_v49152", 1024, 49152),
     Shape("n1024_v50257", 1024, 50257),
     Shape("n256_v262144", 256, 262144),
-    Shape("quick_linear", 48, 515, 64, ignored=0.25, quick=True),
-    Shape("quick_logits", 48, 515, ignored=0.25, quick=True),
+    Shape("quick_linear", 48, 515, 64, 0.25, part="quick"),
+    Shape("quick_logits", 48, 515, ignored=0.25, part="quick"),
 )
 
 
 def cases() -> list[Case]:
-    return [_case(shape, dtype, direction) for shape in SHAPES for dtype in shape.dtypes for direction in DIRECTIONS]
+    default = [
+        _case(shape, dtype, direction) for shape in DEFAULT for dtype in shape.dtypes for direction in shape.directions
+    ]
+    known = {case.id for case in default}
+    rest = [_case(shape, dtype, direction) for shape in _grid() for dtype in shape.dtypes for direction in BOTH]
+    return default + [case for case in rest if case.id not in known]
 
 
 def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
@@ -81,6 +103,7 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
         elements = shape.counted * shape.V * (1 if forward else 2) + (0 if forward else shape.N * shape.V)
         bound = "read"
     big = shape.E > 0 and float(shape.N) * shape.V * shape.E > CHECK_LIMIT
+    inputs_bytes = float((shape.N + shape.V) * shape.E if shape.E else shape.N * shape.V) * dtype.itemsize
     return Case(
         op=shape.op,
         name=shape.name,
@@ -92,9 +115,12 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
         bound=bound,
         make_inputs=lambda: make_inputs(shape, dtype),
         expected=lambda inputs: expected(inputs, direction),
-        contenders=linear_contenders(direction) if shape.E else LOGITS_CONTENDERS,
+        contenders=loss_peers.linear_contenders(direction) if shape.E else loss_peers.LOGITS_CONTENDERS,
         check_inputs=first_tokens if big else None,
-        quick=shape.quick,
+        part=shape.part,
+        warm_up_inputs=lambda: make_inputs(replace(shape, N=8, V=64), dtype),
+        measures_memory=shape.E > 0 and not forward,
+        resident_bytes=inputs_bytes * (1 if forward else 2),
     )
 
 
@@ -117,18 +143,22 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
 
 
 def first_tokens(inputs: Inputs) -> Inputs:
-    """The same problem for a few tokens that count."""
+    """The same problem for a few tokens that count and, where the weight is very large, fewer classes."""
     rows = (inputs["target"] != IGNORE).nonzero()[:CHECK_TOKENS, 0]
     small = dict(inputs)
     for name in ("hidden", "logits", "target"):
         if name in inputs:
             small[name] = inputs[name][rows].contiguous()
+    if "weight" in inputs and inputs["weight"].numel() > CHECK_WEIGHT:
+        classes = max(1, CHECK_WEIGHT // inputs["weight"].shape[1])
+        small["weight"] = inputs["weight"][:classes].contiguous()
+        small["target"] = small["target"] % classes
     return small
 
 
 def expected(inputs: Inputs, direction: str) -> list[Expected]:
     """The oracle's mean loss and gradients in fp64, summed over chunks of tokens to bound the memory."""
-    names = _leaves(inputs)
+    names = loss_peers.leaves(inputs)
     exact = {name: inputs[name].double() for name in names}
     target, dtype = inputs["target"], inputs[names[0]].dtype
     count = int((target != IGNORE).sum())
@@ -161,57 +191,7 @@ def expected(inputs: Inputs, direction: str) -> list[Expected]:
     return results
 
 
-def _leaves(inputs: Inputs) -> tuple[str, ...]:
-    return ("hidden", "weight") if "weight" in inputs else ("logits",)
-
-
-def _make(function: Function) -> Callable[[Case, Inputs], Run]:
-    return lambda case, inputs: timed(case.direction, function, inputs, _leaves(inputs), inputs["upstream"])
-
-
-def _torch_linear(case: Case, inputs: Inputs, options: Any = None) -> Run:
-    function = getattr(F, "linear_cross_entropy", None)
-    if function is None:
-        raise Unavailable(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    return _make(lambda x: function(x["hidden"], x["weight"], x["target"], ignore_index=IGNORE, options=options))(
-        case, inputs
-    )
-
-
-def _torch_linear_chunked(case: Case, inputs: Inputs) -> Run:
-    make_options = getattr(torch.nn, "LinearCrossEntropyOptions", None)
-    if make_options is None:
-        raise Unavailable(f"torch {torch.__version__} has no torch.nn.LinearCrossEntropyOptions")
-    return _torch_linear(case, inputs, make_options())
-
-
-def linear_contenders(direction: str) -> tuple[Contender, ...]:
-    """Ours and every peer; the chunked form saves memory for the gradients, and is of no use without them."""
-    found = [
-        Contender(
-            "gpt4v_fast",
-            _make(lambda x: gf.linear_cross_entropy(x["hidden"], x["weight"], x["target"])),
-            ours=True,
-        ),
-        Contender(
-            "F.cross_entropy(F.linear().float())",
-            _make(lambda x: F.cross_entropy(F.linear(x["hidden"], x["weight"]).float(), x["target"])),
-        ),
-        Contender("F.linear_cross_entropy", _torch_linear),
-    ]
-    if direction != "forward":
-        found.append(Contender("F.linear_cross_entropy, chunked", _torch_linear_chunked))
-    return tuple(found)
-
-
-LOGITS_CONTENDERS = (
-    Contender("gpt4v_fast", _make(lambda x: gf.cross_entropy(x["logits"], x["target"])), ours=True),
-    Contender("F.cross_entropy", _make(lambda x: F.cross_entropy(x["logits"], x["target"]))),
-    Contender("F.cross_entropy(logits.float())", _make(lambda x: F.cross_entropy(x["logits"].float(), x["target"]))),
-)
-
-
 if __name__ == "__main__":
-    from .runner import main
+    from .command import main
 
     sys.exit(main(ops=["cross_entropy", "linear_cross_entropy"]))

@@ -33,7 +33,7 @@ class Shape:
     pixels: torch.dtype = torch.uint8
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     directions: tuple[str, ...] = ("forward", "forward+backward")
-    quick: bool = False
+    part: str = "default"
 
     @property
     def tokens(self) -> int:
@@ -63,8 +63,8 @@ SHAPES = (
     Shape("b4_448px_p14_e1152", 4, 448, 14, 1152, directions=("forward",)),
     Shape("b8_336px_p14_e1024_float", 8, 336, 14, 1024, pixels=torch.float32, directions=("forward",)),
     Shape("video_b1_f8_224px_p14_e1280", 1, 224, 14, 1280, frames=8, Pt=2, directions=("forward",)),
-    Shape("quick_image", 2, 28, 7, 48, quick=True),
-    Shape("quick_video", 1, 14, 7, 32, frames=4, Pt=2, directions=("forward",), quick=True),
+    Shape("quick_image", 2, 28, 7, 48, part="quick"),
+    Shape("quick_video", 1, 14, 7, 32, frames=4, Pt=2, directions=("forward",), part="quick"),
 )
 
 
@@ -92,7 +92,7 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
         make_inputs=lambda: make_inputs(shape, dtype),
         expected=lambda inputs: expected(inputs, direction),
         contenders=contenders(shape),
-        quick=shape.quick,
+        part=shape.part,
     )
 
 
@@ -209,6 +209,6 @@ def contenders(shape: Shape) -> tuple[Contender, ...]:
 
 
 if __name__ == "__main__":
-    from .runner import main
+    from .command import main
 
     sys.exit(main(ops=["patch_embed"]))

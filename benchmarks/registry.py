@@ -22,6 +22,8 @@ MODULES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
+# What one run takes: tiny cases for tests and a first look, the usual record, or that and the rest of the grid.
+PARTS = {"quick": ("quick",), "default": ("default",), "all": ("default", "all")}
 
 Inputs = dict[str, Any]
 Outputs = dict[str, torch.Tensor]
@@ -45,11 +47,20 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compute a case. `make(case, inputs)` does what need not be timed and returns one timed call."""
+    """One way to compute a case. `make(case, inputs)` does what need not be timed and returns one timed call.
+
+    Args:
+        compiled: its first call on new inputs compiles.
+        extra_bytes: an estimate of what a call takes beside inputs and results; where that is not there it is not run.
+        budget_share: of the seconds that the run grants a single call, beyond which it is not timed again.
+    """
 
     name: str
     make: Callable[[Case, Inputs], Run]
     ours: bool = False
+    compiled: bool = False
+    extra_bytes: Callable[[Case], float] = lambda case: 0.0
+    budget_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,10 @@ class Case:
         expected: exact values of (parts of) the outputs for these inputs.
         check_inputs: smaller inputs to check on where the exact answer of the real ones would take too long.
         copies: how many copies of the inputs the calls take in turn, so that they come from memory, not from a cache.
-        quick: part of `--quick`, which runs nothing else.
+        part: one of "quick", "default" and "all" (PARTS).
+        warm_up_inputs: tiny inputs of the same kind.
+        measures_memory: a call's extra memory is measured too (memory.py).
+        resident_bytes: inputs and results.
     """
 
     op: str
@@ -81,7 +95,10 @@ class Case:
     contenders: tuple[Contender, ...]
     check_inputs: Callable[[Inputs], Inputs] | None = None
     copies: int = 1
-    quick: bool = False
+    part: str = "default"
+    warm_up_inputs: Callable[[], Inputs] | None = None
+    measures_memory: bool = False
+    resident_bytes: float = 0.0
 
     @property
     def dtype_name(self) -> str:
@@ -115,9 +132,9 @@ def cases(
     dtypes: Iterable[str] | None = None,
     names: Iterable[str] | None = None,
     directions: Iterable[str] | None = None,
-    quick: bool = False,
+    part: str = "default",
 ) -> list[Case]:
-    """The registered cases that fit every filter; `names` match parts of a case's name.
+    """The registered cases of a part (PARTS) that fit every filter; `names` match parts of a case's name.
 
     Raises:
         ValueError: an unknown op, dtype or direction, or filters that leave nothing.
@@ -134,14 +151,20 @@ def cases(
         if case.op in wanted_ops
         and case.dtype_name in wanted_dtypes
         and case.direction in wanted_directions
-        and case.quick == quick
+        and case.part in PARTS[part]
         and (names is None or any(name in case.name for name in names))
     ]
     if not chosen:
-        known = ", ".join(dict.fromkeys(case.name for case in found if case.quick == quick))
+        known = ", ".join(dict.fromkeys(case.name for case in found if case.part in PARTS[part]))
         asked = ", ".join([*(names or ["any"]), *wanted_dtypes, *wanted_directions])
         raise ValueError(f"case: expected a part of one of {known}, in a dtype and direction it has, got {asked}")
     return chosen
+
+
+def find(case_id: str) -> Case:
+    """The case of this id, whatever its part."""
+    module = importlib.import_module(f".{MODULES[case_id.split('/')[0]]}", __package__)
+    return next(case for case in module.cases() if case.id == case_id)
 
 
 def _known(what: str, given: Iterable[str] | None, allowed: Iterable[str]) -> list[str]:

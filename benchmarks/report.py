@@ -1,141 +1,16 @@
-"""The record of a run (JSON), and what people read of it: text for the terminal, a self-contained HTML page."""
+"""What people read of a record: text for the terminal, a self-contained HTML page."""
 
 from __future__ import annotations
 
 import base64
-import datetime
 import html
 import io
-import os
-import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import gpt4v_fast as gf
-from gpt4v_fast import doctor
+from .record import SAME
 
-from .registry import Case
-from .timing import Measurement, Settings, Timing
-
-SCHEMA = 2  # 2: error is in shares of what rounding explains (check.py); 1: of the row's scale
-SAME = 0.02  # a difference that is not worth a word
 BUSY = 0.5  # load per core before a run above which its times are noise
-
-
-def new_record(command: str, threads: int, settings: Settings, peaks: Mapping[str, float]) -> dict[str, Any]:
-    """Everything that a reader needs to repeat or to judge the run, without its results."""
-    machine = doctor.machine()
-    return {
-        "schema": SCHEMA,
-        "command": command,
-        "date": _now(),
-        "commit": commit(),
-        "cpu": machine["cpu"],
-        "cores": machine["cores"],
-        "gpus": machine["gpus"],
-        "isa": machine["isa"],
-        "threads": threads,
-        "versions": {"gpt4v_fast": gf.__version__, **doctor.versions()},
-        "environment": doctor.environment(),
-        "load": {"before": load(), "after": None},
-        "settings": asdict(settings),
-        "peaks": dict(peaks),
-        "complete": False,
-        "results": [],
-    }
-
-
-def finish_record(record: dict[str, Any]) -> None:
-    record["finished"] = _now()
-    record["load"]["after"] = load()
-
-
-def load() -> list[float] | None:
-    """The machine's load averages of 1, 5 and 15 minutes, where it has them."""
-    return [round(x, 2) for x in os.getloadavg()] if hasattr(os, "getloadavg") else None
-
-
-def commit() -> str | None:
-    """The commit of the source tree this runs from, with "-dirty" behind it where files differ; None in an install."""
-    root = Path(gf.__file__).resolve().parents[1]
-    if not (root / ".git").exists():
-        return None
-    try:
-        name = _git(root, "rev-parse", "--short=12", "HEAD")
-        return name + ("-dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def timing_fields(timing: Timing, work: float, peak: float | None) -> dict[str, Any]:
-    """What a contender's row says of its time; `work` is in the case's GFLOP or GB, `rate` per second."""
-    median = timing.median_s
-    rate = None if median is None else work / median
-    return {
-        "median_ms": _ms(median),
-        "p20_ms": _ms(timing.quantile_s(0.2)),
-        "p80_ms": _ms(timing.quantile_s(0.8)),
-        "samples_ms": [_ms(s) for s in timing.samples_s],
-        "dropped": timing.dropped,
-        "calls_per_sample": timing.calls_per_sample,
-        "rate": rate,
-        "share_of_peak": None if rate is None or not peak else rate / peak,
-    }
-
-
-def _ms(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds * 1e3, 6)
-
-
-def result(case: Case, unit: str, measured: Measurement, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """A case's part of the record, with our standing against the fastest peer."""
-    timed = [row for row in rows if row["status"] == "timed"]
-    ours = min((row["median_ms"] for row in timed if row["ours"]), default=None)
-    best = min((row for row in timed if not row["ours"]), key=lambda row: row["median_ms"], default=None)
-    ratio = best["median_ms"] / ours if best and ours else None
-    probes = measured.probes
-    return {
-        "op": case.op,
-        "case": case.name,
-        "dtype": case.dtype_name,
-        "direction": case.direction,
-        "shape": dict(case.shape),
-        "flops": case.flops,
-        "bytes": case.bytes,
-        "bound": case.bound,
-        "unit": unit,
-        "peak": {
-            "median": measured.peak,
-            "least": min(probes, default=None),
-            "most": max(probes, default=None),
-        },
-        "contenders": list(rows),
-        "best_peer": best["name"] if best else None,
-        "ratio": ratio,
-        # A row with a time and a reason has too few samples.
-        "sure": ratio is not None and not any(row["reason"] for row in timed if row["ours"] or row is best),
-        "verdict": verdict(ratio, best["name"] if best else None),
-    }
-
-
-def verdict(ratio: float | None, peer: str | None) -> str:
-    """Our standing in words; `ratio` is the best peer's time over ours."""
-    if ratio is None:
-        return "no comparison"
-    if abs(ratio - 1.0) <= SAME:
-        return f"as fast as {peer}"
-    return f"{ratio:.2f}x faster than {peer}" if ratio > 1 else f"slower than {peer}: {1 / ratio:.2f}x its time"
 
 
 def standing(result: Mapping[str, Any]) -> str:
@@ -155,12 +30,13 @@ def case_text(result: Mapping[str, Any]) -> str:
 
 
 def _rows(result: Mapping[str, Any]) -> list[str]:
-    return [f"{row['name']:<38} {' '.join(_cells(row, result['unit']))}" for row in result["contenders"]]
+    return [f"{row['name']:<46} {' '.join(_cells(row, result['unit']))}" for row in result["contenders"]]
 
 
 def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
+    memory = [_bytes(row["extra_bytes"])] if row["extra_bytes"] is not None else []
     if row["status"] != "timed":
-        return [f"{row['status']}: {row['reason']}"]
+        return [f"{row['status']}: {row['reason']}", *memory]
     share = row["share_of_peak"]
     cells = [
         f"{row['median_ms']:10.3f} ms",
@@ -168,9 +44,21 @@ def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
         f"{row['rate']:8.1f} {unit}",
         f"{100 * share:5.1f}% of peak" if share is not None else "",
         f"error {100 * row['error']:.0f}% of allowed",
+        *memory,
     ]
-    notes = [row["reason"], f"{row['dropped']} samples dropped" if row["dropped"] else None]
+    notes = [row["memory_reason"], row["reason"], f"{row['dropped']} samples dropped" if row["dropped"] else None]
     return cells + [note for note in notes if note]
+
+
+def _bytes(extra: int) -> str:
+    return f"{extra / 2**20:.1f} MiB extra"
+
+
+def _missing(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Peers that no case could run, with the reason."""
+    rows = [row for r in results for row in r["contenders"]]
+    ran = {row["name"] for row in rows if row["status"] != "unavailable"}
+    return {row["name"]: row["reason"] for row in rows if row["name"] not in ran}
 
 
 def summary_text(record: Mapping[str, Any]) -> str:
@@ -189,6 +77,7 @@ def summary_text(record: Mapping[str, Any]) -> str:
         f"{len(ratios) - faster - slower} the same, {len(results) - len(ratios)} without comparison",
         f"{counted} samples counted, {dropped} dropped because the machine's peak moved around them",
     ]
+    lines += [f"  not run: {name}: {reason}" for name, reason in _missing(results).items()]
     before = record["load"]["before"]
     if before is not None and before[0] > BUSY * record["cores"]:
         lines.append(

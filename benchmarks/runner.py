@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
-import dataclasses
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import gpt4v_fast as gf
 
-from . import check, registry, report, timing
+from . import check, memory, record, timing
 from .peaks import READ_BYTES, UNITS, Peaks
 from .registry import Case, Contender, Inputs, Run, Unavailable
 
-QUICK = timing.Settings(rounds=3, max_rounds=3, min_sample_s=0.001, probe_s=0.002)
-QUICK_READ_BYTES = 8 * 2**20
-PUBLISHED_ROUNDS = 7
+LARGEST_SHARE = 0.85  # of the free memory: what is estimated to take more is not tried
 
 
 class Progress:
@@ -74,73 +68,128 @@ def run_cases(
     settings: timing.Settings,
     read_bytes: int = READ_BYTES,
     command: str = "",
-    on_result: Callable[[Progress, dict[str, Any]], None] = lambda progress, result: None,
+    earlier: Mapping[str, Any] | None = None,
+    on_result: Callable[[Progress, dict[str, Any]], None] = lambda progress, record: None,
 ) -> dict[str, Any]:
     """Times every case on `threads` threads and returns the record that report.py shows.
 
     A fallback to the slow reference is an error here (strict mode), so that no time is taken of the wrong kernel.
+
+    Args:
+        earlier: a record of the same machine, commit and settings that was stopped; its cases are kept.
+        on_result: told after every case what the record is by then.
+
+    Raises:
+        ValueError: the earlier record's conditions are others.
     """
     peaks = Peaks(threads, settings.probe_s, read_bytes)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        record = report.new_record(command, threads, settings, peaks.measure_all())
-        with gf.strict(), contextlib.closing(Progress(len(cases))) as progress:
-            for case in cases:
+        made = record.new(command, threads, settings, peaks.measure_all())
+        if earlier is not None:
+            made = record.continued(made, earlier)
+        done = {record.result_id(result) for result in made["results"]}
+        left = [case for case in cases if case.id not in done]
+        with (
+            gf.strict(),
+            contextlib.closing(Progress(len(left))) as progress,
+            contextlib.closing(memory.Server(threads)) as server,
+        ):
+            for case in left:
                 progress.start(case.id)
-                result = run_case(case, peaks, settings, progress)
-                record["results"].append(result)
+                made["results"].append(run_case(case, peaks, settings, progress, server))
                 progress.finish()
-                on_result(progress, result)
-        record["complete"] = True
+                on_result(progress, made)
+        made["peaks_after"] = peaks.measure_all()
+        made["complete"] = True
     except KeyboardInterrupt:  # what was measured until then is kept
         print("interrupted", file=sys.stderr)
     finally:
         torch.set_num_threads(threads_before)
-    report.finish_record(record)
-    return record
+    record.finish(made)
+    return made
 
 
-def run_case(case: Case, peaks: Peaks, settings: timing.Settings, progress: Progress) -> dict[str, Any]:
-    """Checks and times one case."""
-    inputs = case.make_inputs()
-    rows: dict[str, dict[str, Any]] = {}
+def run_case(
+    case: Case,
+    peaks: Peaks,
+    settings: timing.Settings,
+    progress: Progress,
+    server: memory.Server | None = None,
+) -> dict[str, Any]:
+    """Checks and times one case, and measures its memory where it asks for that and there is a server for it."""
+    if "torch._dynamo" in sys.modules:
+        # Compiled functions of earlier cases would count against the limit behind which it stops compiling.
+        torch._dynamo.reset()
+    rows = {contender.name: _row(case, contender, settings, server) for contender in case.contenders}
     runs: dict[str, Run] = {}
-    for contender, error, reason in checked(case, inputs):
-        status = reason[0] if reason else "timed"
-        rows[contender.name] = {
-            "name": contender.name,
-            "ours": contender.ours,
-            "status": status,
-            "reason": reason[1] if reason else None,
-            "error": error,
-        }
+    ready = [contender for contender in case.contenders if rows[contender.name]["status"] == "timed"]
+    inputs = case.make_inputs() if ready else {}
+    for contender, error, reason in checked(case, inputs, ready):
+        row = rows[contender.name]
+        row["error"] = error
         if reason:
+            # What is not right has no memory to speak of.
+            row |= {"status": reason[0], "reason": reason[1], "extra_bytes": None, "memory_reason": None}
             continue
-        run = in_turn(case, contender, inputs)
-        seconds = timing.time_calls(run, 1, time.perf_counter)  # also warms it up
-        if seconds > settings.slowest_s:
-            why = f"one call took {seconds:.0f} s, the limit is {settings.slowest_s:.0f} s"
-            rows[contender.name] |= {"status": "too slow", "reason": why}
+        limit_s = settings.slowest_s * contender.budget_share
+        seconds = row["one_call_s"]
+        if seconds is None or seconds <= limit_s:
+            run = in_turn(case, contender, inputs)
+            seconds = timing.time_calls(run, 2 if contender.compiled else 1, time.perf_counter)  # also warms it up
+            if contender.compiled:
+                seconds = timing.time_calls(run, 1, time.perf_counter)
+        if seconds > limit_s:
+            row |= {"status": "over budget", "reason": f"one call took {seconds:.1f} s, the limit is {limit_s:g} s"}
         else:
             runs[contender.name] = run
     measured = timing.Measurement({}, ())
     if runs:
         measured = timing.measure(runs, peaks.probe(case.bound), settings, on_sample=progress.sample)
     for name, taken in measured.timings.items():
-        rows[name] |= report.timing_fields(taken, case.work, measured.peak)
+        rows[name] |= record.timing_fields(taken, case.work, measured.peak)
         if not taken.samples_s:
             rows[name] |= {"status": "noisy", "reason": "the peak probes around every sample disagreed"}
         elif len(taken.samples_s) < settings.rounds:
             rows[name]["reason"] = f"only {len(taken.samples_s)} of {settings.rounds} samples counted"
-    return report.result(case, UNITS[case.bound], measured, list(rows.values()))
+    return record.result(case, UNITS[case.bound], measured, list(rows.values()))
 
 
-def checked(case: Case, inputs: Inputs) -> Iterator[tuple[Contender, float | None, tuple[str, str] | None]]:
-    """Each contender with its error, in shares of what is allowed, or with (status, reason) why it is not timed."""
+def _row(case: Case, contender: Contender, settings: timing.Settings, server: memory.Server | None) -> dict[str, Any]:
+    """A contender's row before anything is checked or timed: its memory, and why it can't be timed, if it can't."""
+    row = {
+        "name": contender.name,
+        "ours": contender.ours,
+        "status": "timed",
+        "reason": None,
+        "error": None,
+        "extra_bytes": None,
+        "memory_reason": None,
+        "one_call_s": None,
+    }
+    needed, available = case.resident_bytes + contender.extra_bytes(case), memory.available_bytes()
+    if available is not None and needed > LARGEST_SHARE * available:
+        why = f"it takes about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
+        return row | {"status": "skipped", "reason": why}
+    if not case.measures_memory or server is None:
+        return row
+    found = server.measure(case.id, contender.name, settings.slowest_s)
+    if found.over_budget:
+        return row | {"status": "over budget", "reason": found.reason}
+    return row | {"extra_bytes": found.extra_bytes, "one_call_s": found.seconds, "memory_reason": found.reason}
+
+
+def checked(
+    case: Case, inputs: Inputs, contenders: Sequence[Contender]
+) -> Iterator[tuple[Contender, float | None, tuple[str, str] | None]]:
+    """Each of these contenders with its error, in shares of what is allowed, or with (status, reason) why it is not
+    timed."""
+    if not contenders:
+        return
     check_inputs = case.check_inputs(inputs) if case.check_inputs else inputs
     expected = case.expected(check_inputs)
-    for contender in case.contenders:
+    for contender in contenders:
         try:
             outputs = contender.make(case, check_inputs)()
             yield contender, check.check(outputs, expected, case.dtype), None
@@ -162,101 +211,3 @@ def in_turn(case: Case, contender: Contender, inputs: Inputs) -> Run:
         return runs[0]
     following = itertools.cycle(runs)
     return lambda: next(following)()
-
-
-def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = None) -> None:
-    """The options of `gpt4v-fast bench` and of the modules."""
-    if ops is None:
-        parser.add_argument("--op", action="append", choices=list(registry.MODULES), help="only this op (repeatable)")
-    parser.add_argument("--dtype", action="append", choices=list(registry.DTYPES), help="only this dtype (repeatable)")
-    parser.add_argument(
-        "--direction", action="append", choices=registry.DIRECTIONS, help="only this direction (repeatable)"
-    )
-    parser.add_argument(
-        "--case", action="append", metavar="NAME", help="only cases with this in their name (repeatable)"
-    )
-    parser.add_argument("--rounds", type=int, help="samples of each contender that must count (default 7)")
-    parser.add_argument("--threads", type=int, help="threads of every contender (default: torch's)")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds: a look, not a measurement")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        metavar="PATH",
-        help="write the record; without PATH to the standard output",
-    )
-    parser.add_argument("--html", metavar="PATH", help="write a report with a plot, one self-contained file")
-
-
-def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | None = None) -> int:
-    """Runs what parsed options ask for. Returns 1 where one of our own kernels failed or was wrong, 130 after an
-    interruption.
-
-    Raises:
-        ValueError: a filter that fits no case, or a count below 1.
-    """
-    for name in ("rounds", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
-    for path in (args.json, args.html):
-        if path not in (None, "-") and not Path(path).resolve().parent.is_dir():
-            raise ValueError(f"{path}: expected a path in an existing folder, got one in a folder that is not there")
-    cases = registry.cases(
-        ops=args.op if ops is None else ops,
-        dtypes=args.dtype,
-        names=args.case,
-        directions=args.direction,
-        quick=args.quick,
-    )
-    if args.list:
-        print("\n".join(case.id for case in cases))
-        return 0
-    settings = QUICK if args.quick else timing.Settings()
-    if args.rounds is not None:
-        settings = dataclasses.replace(settings, rounds=args.rounds, max_rounds=3 * args.rounds)
-    quiet = args.json == "-"
-    record = run_cases(
-        cases,
-        threads=args.threads or torch.get_num_threads(),
-        settings=settings,
-        read_bytes=QUICK_READ_BYTES if args.quick else READ_BYTES,
-        command=command,
-        on_result=lambda progress, result: None if quiet else progress.write(report.case_text(result)),
-    )
-    _deliver(record, args)
-    if not record["complete"]:
-        return 130
-    return 1 if any(_ours_went_wrong(result) for result in record["results"]) else 0
-
-
-def _deliver(record: Mapping[str, Any], args: argparse.Namespace) -> None:
-    text = json.dumps(record, indent=1)
-    if args.json == "-":
-        print(text)
-    else:
-        print(report.summary_text(record))
-        if record["settings"]["rounds"] < PUBLISHED_ROUNDS:
-            print(f"Fewer than {PUBLISHED_ROUNDS} rounds: a look, not a measurement.")
-    if args.json not in (None, "-"):
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
-        print(f"record: {args.json}")
-    if args.html is not None:
-        Path(args.html).write_text(report.html_report(record), encoding="utf-8")
-        print(f"report: {args.html}", file=sys.stderr if args.json == "-" else sys.stdout)
-
-
-def _ours_went_wrong(result: Mapping[str, Any]) -> bool:
-    return any(row["ours"] and row["status"] in ("refused", "failed") for row in result["contenders"])
-
-
-def main(argv: Sequence[str] | None = None, ops: Sequence[str] | None = None) -> int:
-    """The command line of `python -m benchmarks.attention` and its siblings."""
-    parser = argparse.ArgumentParser(description="Side by side with the peers, as a share of the machine's peak.")
-    add_arguments(parser, ops)
-    args = parser.parse_args(argv)
-    try:
-        return run_arguments(args, " ".join(["python -m benchmarks", *(argv or sys.argv[1:])]), ops)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2

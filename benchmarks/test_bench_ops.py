@@ -9,7 +9,7 @@ import pytest
 import gpt4v_fast as gf
 from gpt4v_fast.benchmarks import registry, runner
 
-CASES = [case for case in registry.cases(quick=True) if case.direction != "backward"]
+CASES = [case for case in registry.cases(part="quick") if case.direction != "backward"]
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ CASES = [case for case in registry.cases(quick=True) if case.direction != "backw
 def test_bench(benchmark, case, contender):
     benchmark.group = case.id
     with gf.strict():
-        for checked, error, reason in runner.checked(case, case.make_inputs()):
+        for checked, error, reason in runner.checked(case, case.make_inputs(), case.contenders):
             if checked.name == contender.name:
                 if reason is not None and reason[0] == "unavailable":
                     pytest.skip(reason[1])

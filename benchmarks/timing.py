@@ -28,7 +28,7 @@ class Settings:
     tolerance: float = 0.10
     min_sample_s: float = 0.02
     probe_s: float = 0.01
-    slowest_s: float = 60.0
+    slowest_s: float = 10.0
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _json_flag(add("doctor", _doctor, "what this machine has, and which kernel every op runs on it"))
 
-    from gpt4v_fast.benchmarks import runner
+    from gpt4v_fast.benchmarks import command
 
-    runner.add_arguments(add("bench", _bench, "times the ops beside their peers, as a share of the machine's peak"))
+    command.add_arguments(add("bench", _bench, "times the ops beside their peers, as a share of the machine's peak"))
 
     demo = add("demo", _demo, "trains a small model on scanned digits, then asks it about held-out ones")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="where results go (default: runs/demo)")
@@ -106,9 +106,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from gpt4v_fast.benchmarks import runner
+    from gpt4v_fast.benchmarks import command
 
-    return runner.run_arguments(args, args.command_line)
+    return command.run_arguments(args, args.command_line)
 
 
 def _demo(args: argparse.Namespace) -> int:
