@@ -1,22 +1,20 @@
-"""Attention beside F.scaled_dot_product_attention: `python -m benchmarks.attention --help`."""
+"""Attention beside SDPA, FlexAttention, OpenVINO and ONNX Runtime: `python -m benchmarks.attention --help`."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
 
 from . import scales
-from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, compute_bound, timed
+from .attention_peers import LEAVES, contenders
+from .registry import DTYPES, Case, Expected, Inputs, compute_bound
 
-LEAVES = ("q", "k", "v")
 TRAINING = ("forward", "backward", "forward+backward")
 
 
@@ -103,11 +101,11 @@ PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}
 
 def cases() -> list[Case]:
     return [
-        _case(shape, dtype, direction) for shape in SHAPES for dtype in shape.dtypes for direction in shape.directions
+        case(shape, dtype, direction) for shape in SHAPES for dtype in shape.dtypes for direction in shape.directions
     ]
 
 
-def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
+def case(shape: Shape, dtype_name: str, direction: str) -> Case:
     dtype = DTYPES[dtype_name]
     Hkv = shape.Hkv or shape.H
     elements = 2 * shape.B * (shape.H * shape.S + Hkv * shape.keys) * shape.D  # q and out, k and v
@@ -178,59 +176,6 @@ def expected(inputs: Inputs, direction: str) -> list[Expected]:
 
 def _tail(heads: int) -> tuple[slice, slice]:
     return slice(-1, None), slice(-heads, None)
-
-
-def _make(function: Function) -> Callable[[Case, Inputs], Run]:
-    return lambda case, inputs: timed(case.direction, function, inputs, LEAVES, inputs["upstream"])
-
-
-def _ours(case: Case, inputs: Inputs) -> Run:
-    mask = inputs["shape"].gf_mask
-    return _make(lambda x: gf.attention(x["q"], x["k"], x["v"], mask=mask))(case, inputs)
-
-
-def _sdpa(case: Case, inputs: Inputs) -> Run:
-    """SDPA with is_causal or, where it has no such flag, a boolean mask made beforehand."""
-    shape: Shape = inputs["shape"]
-    # Its is_causal stands at the top left: the same for as many queries as keys, which is all that is timed here.
-    causal = shape.mask == "causal"
-    dense = None if shape.mask in ("none", "causal") else shape.gf_mask.dense(shape.S, shape.keys)
-    gqa = {"enable_gqa": True} if shape.groups > 1 else {}
-    return _make(
-        lambda x: F.scaled_dot_product_attention(x["q"], x["k"], x["v"], attn_mask=dense, is_causal=causal, **gqa)
-    )(case, inputs)
-
-
-def _sdpa_repeated(case: Case, inputs: Inputs) -> Run:
-    """SDPA on keys and values repeated for every query head, which is what models did before enable_gqa."""
-    shape: Shape = inputs["shape"]
-
-    def function(x: Inputs) -> torch.Tensor:
-        k, v = (x[name].repeat_interleave(shape.groups, dim=1) for name in ("k", "v"))
-        return F.scaled_dot_product_attention(x["q"], k, v, is_causal=shape.mask == "causal")
-
-    return _make(function)(case, inputs)
-
-
-def _sdpa_folded(case: Case, inputs: Inputs) -> Run:
-    """SDPA with the queries of a group as rows of one key head: its best setting for decoding."""
-    shape: Shape = inputs["shape"]
-
-    def function(x: Inputs) -> torch.Tensor:
-        folded = x["q"].view(shape.B, -1, shape.groups, shape.D)
-        return F.scaled_dot_product_attention(folded, x["k"], x["v"]).view(x["q"].shape)
-
-    return _make(function)(case, inputs)
-
-
-def contenders(shape: Shape) -> tuple[Contender, ...]:
-    """Ours and every peer that can take this shape."""
-    found = [Contender("gpt4v_fast", _ours, ours=True), Contender("SDPA", _sdpa)]
-    if shape.groups > 1:
-        found.append(Contender("SDPA, repeated keys", _sdpa_repeated))
-        if shape.S == 1:
-            found.append(Contender("SDPA, folded groups", _sdpa_folded))
-    return tuple(found)
 
 
 if __name__ == "__main__":

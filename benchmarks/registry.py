@@ -7,7 +7,8 @@ with the reason, which is printed in place of a time.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
 # What one run takes: tiny cases for tests and a first look, the usual record, or that and the rest of the grid.
 PARTS = {"quick": ("quick",), "default": ("default",), "all": ("default", "all")}
+
+TRIALS = 3  # calls of each setting of a contender that has several
 
 Inputs = dict[str, Any]
 Outputs = dict[str, torch.Tensor]
@@ -174,6 +177,50 @@ def _known(what: str, given: Iterable[str] | None, allowed: Iterable[str]) -> li
         if name not in allowed:
             raise ValueError(f"{what}: expected one of {', '.join(allowed)}, got {name!r}")
     return given
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A run that was the fastest of several settings."""
+
+    run: Run
+    setting: str
+
+    def __call__(self) -> Outputs:
+        return self.run()
+
+
+_fastest: dict[Hashable, str] = {}
+
+
+def fastest(key: Hashable, candidates: Mapping[str, Callable[[], Run]]) -> Run:
+    """The fastest of a contender's settings: at the first call with this key each is made, called and timed; later ones
+    make the same choice.
+
+    Raises:
+        RuntimeError: none of them works; the message is the first one's.
+    """
+    if key in _fastest:
+        return Chosen(candidates[_fastest[key]](), _fastest[key])
+    errors, runs = [], {}
+    for name, make in candidates.items():
+        try:
+            runs[name] = make()
+            runs[name]()
+        except RuntimeError as error:
+            runs.pop(name, None)
+            errors.append(error)
+    if not runs:
+        raise errors[0]
+    best = min(runs, key=lambda name: min(_seconds(runs[name]) for _ in range(TRIALS)))
+    _fastest[key] = best
+    return Chosen(runs[best], best)
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def timed(

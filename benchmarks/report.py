@@ -46,7 +46,12 @@ def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
         f"error {100 * row['error']:.0f}% of allowed",
         *memory,
     ]
-    notes = [row["memory_reason"], row["reason"], f"{row['dropped']} samples dropped" if row["dropped"] else None]
+    notes = [
+        row["setting"],
+        row["memory_reason"],
+        row["reason"],
+        f"{row['dropped']} samples dropped" if row["dropped"] else None,
+    ]
     return cells + [note for note in notes if note]
 
 

@@ -16,7 +16,7 @@ import gpt4v_fast as gf
 
 from . import check, memory, record, timing
 from .peaks import READ_BYTES, UNITS, Peaks
-from .registry import Case, Contender, Inputs, Run, Unavailable
+from .registry import Case, Chosen, Contender, Inputs, Outputs, Run, Unavailable
 
 LARGEST_SHARE = 0.85  # of the free memory: what is estimated to take more is not tried
 
@@ -137,6 +137,7 @@ def run_case(
         seconds = row["one_call_s"]
         if seconds is None or seconds <= limit_s:
             run = in_turn(case, contender, inputs)
+            row["setting"] = getattr(run, "setting", None)
             seconds = timing.time_calls(run, 2 if contender.compiled else 1, time.perf_counter)  # also warms it up
             if contender.compiled:
                 seconds = timing.time_calls(run, 1, time.perf_counter)
@@ -167,6 +168,7 @@ def _row(case: Case, contender: Contender, settings: timing.Settings, server: me
         "extra_bytes": None,
         "memory_reason": None,
         "one_call_s": None,
+        "setting": None,
     }
     needed, available = case.resident_bytes + contender.extra_bytes(case), memory.available_bytes()
     if available is not None and needed > LARGEST_SHARE * available:
@@ -210,4 +212,9 @@ def in_turn(case: Case, contender: Contender, inputs: Inputs) -> Run:
     if len(runs) == 1:
         return runs[0]
     following = itertools.cycle(runs)
-    return lambda: next(following)()
+
+    def run() -> Outputs:
+        return next(following)()
+
+    setting = getattr(runs[0], "setting", None)
+    return run if setting is None else Chosen(run, setting)
