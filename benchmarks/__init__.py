@@ -1,11 +1,12 @@
 """Side by side with the peers, as a share of what the machine can do: `gpt4v-fast bench`, or `python -m
 benchmarks.attention` (`.loss`, `.patch_embed`) in the source tree.
 
-registry.py   what is timed; the cases themselves stand in attention.py, loss.py and patch_embed.py
+registry.py   what is timed; the cases themselves stand in attention.py, curves.py, loss.py and patch_embed.py,
+              the peers in attention_peers.py, engines.py and loss_peers.py
 check.py      no time before the numbers are right
 timing.py     interleaved rounds between peak probes; peaks.py has the probes
 memory.py     extra memory of one call, in a process of its own
-runner.py     runs cases; record.py keeps the record (JSON), report.py shows it: table, HTML
+runner.py     runs cases; record.py keeps the record (JSON), report.py shows it: table, HTML with plots.py
 command.py    the options
 
 docs/benchmarks.md says how to run them and how numbers are taken.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from dataclasses import dataclass
@@ -20,8 +21,8 @@ TRAINING = ("forward", "backward", "forward+backward")
 
 @dataclass(frozen=True)
 class Shape:
-    """One problem. `mask`: none, causal, window (causal, 256 to the left), documents (causal, four packed) or
-    images (causal text with two images whose tokens see each other)."""
+    """One problem. `mask`: none, causal, window (causal, `window` to the left), documents (causal, so many of one size
+    packed; 0: four of different sizes) or images (causal text with two images whose tokens see each other)."""
 
     name: str
     B: int
@@ -35,6 +36,8 @@ class Shape:
     dtypes: tuple[str, ...] = ("fp32", "bf16")
     copies: int = 1
     part: str = "default"
+    window: int = 256
+    documents: int = 0
 
     @property
     def keys(self) -> int:
@@ -50,25 +53,54 @@ class Shape:
         if self.mask in ("none", "causal"):
             return gf.Mask(causal=self.mask == "causal")
         if self.mask == "window":
-            return gf.Mask(causal=True, window=(256, None))
-        position = torch.arange(S)
+            return gf.Mask(causal=True, window=(self.window, None))
         if self.mask == "documents":
-            ends = torch.tensor([S // 8, S // 2, 5 * S // 8])
-            ids = torch.bucketize(position, ends, right=True)
+            starts = torch.tensor(self._documents())
+            ids = torch.bucketize(torch.arange(S), starts[1:], right=True)
             return gf.Mask(causal=True, documents=ids.to(torch.int32).expand(self.B, S).contiguous())
         if self.mask == "images":
             ids = torch.full((S,), -1, dtype=torch.int32)
-            ids[S // 16 : 6 * S // 16], ids[8 * S // 16 : 13 * S // 16] = 0, 1
+            for number, (start, end) in enumerate(self._images()):
+                ids[start:end] = number
             return gf.Mask(causal=True, image_blocks=ids.expand(self.B, S).contiguous())
         raise ValueError(f"mask: expected none, causal, window, documents or images, got {self.mask!r}")
+
+    def _documents(self) -> list[int]:
+        """Where they start."""
+        S = self.S
+        return [i * S // self.documents for i in range(self.documents)] or [0, S // 8, S // 2, 5 * S // 8]
+
+    def _images(self) -> list[tuple[int, int]]:
+        return [(self.S // 16, 6 * self.S // 16), (8 * self.S // 16, 13 * self.S // 16)]
+
+    @functools.cached_property
+    def seen(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first key that each query sees and the one behind the last; all between are seen."""
+        first, end = torch.zeros(self.S, dtype=torch.int64), torch.arange(1, self.S + 1)
+        if self.mask == "none":
+            end = torch.full_like(end, self.keys)
+        if self.mask == "window":
+            first = (end - 1 - self.window).clamp(min=0)
+        if self.mask == "documents":
+            starts = torch.tensor(self._documents())
+            first = starts[torch.bucketize(end - 1, starts[1:], right=True)]
+        if self.mask == "images":
+            for image_start, image_end in self._images():
+                end[image_start:image_end] = image_end
+        return first, end
 
     @functools.cached_property
     def visible(self) -> int:
         """Pairs of a query and a key that it sees, over the batch, per head."""
-        if self.mask == "none":
-            return self.B * self.S * self.keys
-        seen = self.gf_mask.dense(self.S, self.keys)
-        return int(seen.sum()) * (self.B if seen.dim() == 2 else 1)
+        first, end = self.seen
+        return self.B * int((end - first).sum())
+
+    def blocks(self, queries: int, keys: int) -> int:
+        """Blocks of the score matrix, per head, in which some query sees some key."""
+        first, end = self.seen
+        # Both grow with the query, and what neighbours see overlaps or touches: a strip of queries sees one stretch.
+        last = torch.arange(queries - 1, self.S + queries - 1, queries).clamp(max=self.S - 1)
+        return int(((end[last] - 1) // keys - first[::queries] // keys + 1).sum())
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,7 +157,14 @@ def case(shape: Shape, dtype_name: str, direction: str) -> Case:
         contenders=contenders(shape),
         copies=shape.copies,
         part=shape.part,
+        warm_up_inputs=lambda: make_inputs(dataclasses.replace(shape, S=min(shape.S, 16), T=shape.T and 16), dtype),
     )
+
+
+def prefix(inputs: Inputs, tokens: int) -> Inputs:
+    """The same problem for the first tokens."""
+    shape = dataclasses.replace(inputs["shape"], S=tokens)
+    return {"shape": shape} | {name: inputs[name][:, :, :tokens].contiguous() for name in (*LEAVES, "upstream")}
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
@@ -181,4 +220,4 @@ def _tail(heads: int) -> tuple[slice, slice]:
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main(ops=["attention"]))
+    sys.exit(main("attention", ["attention"]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--quick", action="store_true", help="small shapes and few rounds: a look, not a measurement")
     part.add_argument("--all", action="store_true", help="the whole grid of sizes, which takes hours; see --resume")
+    part.add_argument("--curves", action="store_true", help="attention by length and by share of masked blocks")
     parser.add_argument(
         "--budget", type=float, metavar="S", help="seconds a single call may take and still be timed (default 10)"
     )
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
         help="write the record, after every case; without PATH to the standard output at the end",
     )
     parser.add_argument(
-        "--resume", metavar="PATH", help="as --json PATH, and keep the cases of a run that was stopped there"
+        "--resume", metavar="PATH", help="as --json PATH, keeping what is there but for cases with too few samples"
     )
     parser.add_argument("--html", metavar="PATH", help="write a report with a plot, one self-contained file")
 
@@ -73,7 +75,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         dtypes=args.dtype,
         names=args.case,
         directions=args.direction,
-        part="quick" if args.quick else "all" if args.all else "default",
+        part=next((part for part in ("quick", "all", "curves") if getattr(args, part)), "default"),
     )
     if args.list:
         print("\n".join(case.id for case in cases))
@@ -130,13 +132,14 @@ def _ours_went_wrong(result: Mapping[str, Any]) -> bool:
     return any(row["ours"] and row["status"] in ("refused", "failed") for row in result["contenders"])
 
 
-def main(argv: Sequence[str] | None = None, ops: Sequence[str] | None = None) -> int:
+def main(module: str, ops: Sequence[str], argv: Sequence[str] | None = None) -> int:
     """The command line of `python -m benchmarks.attention` and its siblings."""
     parser = argparse.ArgumentParser(description="Side by side with the peers, as a share of the machine's peak.")
     add_arguments(parser, ops)
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     try:
-        return run_arguments(args, " ".join(["python -m benchmarks", *(argv or sys.argv[1:])]), ops)
+        return run_arguments(args, shlex.join(["python", "-m", f"benchmarks.{module}", *argv]), ops)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

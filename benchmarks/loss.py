@@ -194,4 +194,4 @@ def expected(inputs: Inputs, direction: str) -> list[Expected]:
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main(ops=["cross_entropy", "linear_cross_entropy"]))
+    sys.exit(main("loss", ["cross_entropy", "linear_cross_entropy"]))

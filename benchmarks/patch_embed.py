@@ -211,4 +211,4 @@ def contenders(shape: Shape) -> tuple[Contender, ...]:
 if __name__ == "__main__":
     from .command import main
 
-    sys.exit(main(ops=["patch_embed"]))
+    sys.exit(main("patch_embed", ["patch_embed"]))

@@ -107,6 +107,18 @@ def continued(record: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
     return {**record, "date": earlier["date"], "results": list(earlier["results"])}
 
 
+def settled(result: Mapping[str, Any]) -> bool:
+    """Whether every contender that was timed has all its samples; others are worth another try."""
+    rows = result["contenders"]
+    return all(row["status"] != "noisy" and not (row["status"] == "timed" and row["reason"]) for row in rows)
+
+
+def put(record: dict[str, Any], result: dict[str, Any]) -> None:
+    """Adds a result, in place of an earlier one of the same case."""
+    others = [other for other in record["results"] if result_id(other) != result_id(result)]
+    record["results"] = [*others, result]
+
+
 def result_id(result: Mapping[str, Any]) -> str:
     """The `Case.id` it is of."""
     return "/".join(result[name] for name in ("op", "case", "dtype", "direction"))
@@ -190,6 +202,7 @@ def result(case: Case, unit: str, measured: Measurement, rows: Sequence[dict[str
             "least": min(probes, default=None),
             "most": max(probes, default=None),
         },
+        "point": None if case.point is None else case.point._asdict(),
         "contenders": list(rows),
         "best_peer": best["name"] if best else None,
         "ratio": ratio,

@@ -14,17 +14,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Where an op's cases are: `cases()` of the module of this package.
+# Where an op's cases are: `cases()` of the modules of this package.
 MODULES = {
-    "attention": "attention",
-    "cross_entropy": "loss",
-    "linear_cross_entropy": "loss",
-    "patch_embed": "patch_embed",
+    "attention": ("attention", "curves"),
+    "cross_entropy": ("loss",),
+    "linear_cross_entropy": ("loss",),
+    "patch_embed": ("patch_embed",),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
-# What one run takes: tiny cases for tests and a first look, the usual record, or that and the rest of the grid.
-PARTS = {"quick": ("quick",), "default": ("default",), "all": ("default", "all")}
+# What one run takes: tiny cases for tests and a first look, the usual record, that and the rest of the grid, or series
+# of cases that make curves.
+PARTS = {"quick": ("quick",), "default": ("default",), "all": ("default", "all"), "curves": ("curves",)}
 
 TRIALS = 3  # calls of each setting of a contender that has several
 
@@ -66,6 +67,16 @@ class Contender:
     budget_share: float = 1.0
 
 
+class Point(NamedTuple):
+    """Where a case stands on a curve: the curve's name, the quantity it is drawn over, and its value. proportional:
+    the time should be x times the time at x = 1."""
+
+    curve: str
+    x_name: str
+    x: float
+    proportional: bool = False
+
+
 @dataclass(frozen=True)
 class Case:
     """One row of the report.
@@ -79,7 +90,8 @@ class Case:
         expected: exact values of (parts of) the outputs for these inputs.
         check_inputs: smaller inputs to check on where the exact answer of the real ones would take too long.
         copies: how many copies of the inputs the calls take in turn, so that they come from memory, not from a cache.
-        part: one of "quick", "default" and "all" (PARTS).
+        part: one of "quick", "default", "all" and "curves" (PARTS).
+        point: of a curve.
         warm_up_inputs: tiny inputs of the same kind.
         measures_memory: a call's extra memory is measured too (memory.py).
         resident_bytes: inputs and results.
@@ -102,6 +114,7 @@ class Case:
     warm_up_inputs: Callable[[], Inputs] | None = None
     measures_memory: bool = False
     resident_bytes: float = 0.0
+    point: Point | None = None
 
     @property
     def dtype_name(self) -> str:
@@ -146,7 +159,7 @@ def cases(
     wanted_dtypes = _known("dtype", dtypes, DTYPES)
     wanted_directions = _known("direction", directions, DIRECTIONS)
     found: list[Case] = []
-    for module in dict.fromkeys(MODULES[op] for op in wanted_ops):
+    for module in dict.fromkeys(module for op in wanted_ops for module in MODULES[op]):
         found += importlib.import_module(f".{module}", __package__).cases()
     chosen = [
         case
@@ -166,8 +179,8 @@ def cases(
 
 def find(case_id: str) -> Case:
     """The case of this id, whatever its part."""
-    module = importlib.import_module(f".{MODULES[case_id.split('/')[0]]}", __package__)
-    return next(case for case in module.cases() if case.id == case_id)
+    modules = [importlib.import_module(f".{name}", __package__) for name in MODULES[case_id.split("/")[0]]]
+    return next(case for module in modules for case in module.cases() if case.id == case_id)
 
 
 def _known(what: str, given: Iterable[str] | None, allowed: Iterable[str]) -> list[str]:

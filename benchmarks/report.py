@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+from . import plots
 from .record import SAME
 
+FOLLOWS = 0.15  # how far time may be from the share of blocks that a mask leaves
+PAGES = 2**20  # extra memory below that is a few pages, and says nothing of growth
 BUSY = 0.5  # load per core before a run above which its times are noise
 
 
@@ -93,7 +95,38 @@ def summary_text(record: Mapping[str, Any]) -> str:
         for r in results
         if r["ratio"] is not None and r["ratio"] < 1 - SAME
     ]
+    lines += [f"  {line}" for line in curve_lines(results)]
     return "\n".join(lines)
+
+
+def curve_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the curves say of our own contender, a line or two each."""
+    lines = []
+    for title, points in plots.curves(results).items():
+        ours = [(p, row) for p in points for row in p["contenders"] if row["ours"]]
+        timed = [(p, row) for p, row in ours if row["status"] == "timed"]
+        if len(timed) > 1 and timed[-1][0] is points[-1] and points[-1]["point"]["proportional"]:
+            lines.append(f"{title}: {_proportion(timed)}")
+        known = [(p["point"]["x"], row["extra_bytes"]) for p, row in ours if row["extra_bytes"] is not None]
+        if len(known) > 1:
+            (x, least), (last_x, most) = known[0], known[-1]
+            text = f"{title}: {_bytes(least)} memory at {x:g} to {_bytes(most)} at {last_x:g}"
+            steps = [(b / max(a, 1)) / (x_b / x_a) for (x_a, a), (x_b, b) in pairwise(known) if b > PAGES]
+            if steps:
+                name = points[0]["point"]["x_name"]
+                text += f"; from a point to the next it grows at most {max(steps):.2f} times as much as {name}"
+            lines.append(text)
+    return lines
+
+
+def _proportion(ours: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """How far times are from x times the time at the largest x."""
+    largest, whole = ours[-1][0]["point"]["x"], ours[-1][1]["median_ms"]
+    off = {p["point"]["x"]: row["median_ms"] / whole / (p["point"]["x"] / largest) - 1 for p, row in ours[:-1]}
+    outside = ", ".join(f"{100 * x:.0f}% ({100 * value:+.0f}%)" for x, value in off.items() if abs(value) > FOLLOWS)
+    inside = sum(abs(value) <= FOLLOWS for value in off.values())
+    text = f"time follows the blocks that are left within {100 * FOLLOWS:.0f}% at {inside} of {len(off)} points"
+    return text + (f"; not at {outside}" if outside else "")
 
 
 _STYLE = """
@@ -121,7 +154,7 @@ def html_report(record: Mapping[str, Any]) -> str:
     parts.append(f"<pre>{html.escape(summary_text(record).strip())}</pre>")
     for op in dict.fromkeys(r["op"] for r in record["results"]):
         results = [r for r in record["results"] if r["op"] == op]
-        parts += [f"<h2>{html.escape(op)}</h2>", _plot(op, results), *map(_html_case, results)]
+        parts += [f"<h2>{html.escape(op)}</h2>", *plots.html_images(op, results), *map(_html_case, results)]
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -148,35 +181,3 @@ def _table(rows: Sequence[Sequence[str]], marked: Sequence[bool] | None = None) 
         name = ' class="ours"' if marked and marked[i] else ""
         lines.append(f"<tr{name}>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>")
     return f"<table>{''.join(lines)}</table>"
-
-
-def _plot(op: str, results: Sequence[Mapping[str, Any]]) -> str:
-    """Bars of every contender's share of the measured peak, as an image in the page."""
-    try:
-        import matplotlib
-    except ImportError:
-        return '<p>No plot: matplotlib is not installed (pip install "gpt4v_fast[demo]").</p>'
-    matplotlib.use("Agg")
-    from matplotlib.figure import Figure
-
-    names = list(dict.fromkeys(row["name"] for r in results for row in r["contenders"]))
-    height = 0.8 / max(1, len(names))
-    figure = Figure(figsize=(11, 1.2 + 0.25 * len(names) * len(results)), layout="constrained")
-    axes = figure.add_subplot()
-    for i, name in enumerate(names):
-        bars = [
-            (y + i * height, 100 * row["share_of_peak"])
-            for y, r in enumerate(results)
-            for row in r["contenders"]
-            if row["name"] == name and row.get("share_of_peak") is not None
-        ]
-        axes.barh([y for y, _ in bars], [x for _, x in bars], height=height, label=name)
-    axes.set_yticks([y + 0.4 - height / 2 for y in range(len(results))])
-    axes.set_yticklabels([f"{r['case']}\n{r['dtype']} {r['direction']}" for r in results], fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("% of the peak measured beside it")
-    axes.legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=110)
-    encoded = base64.b64encode(image.getvalue()).decode("ascii")
-    return f'<img alt="{html.escape(op)}: share of peak by case" src="data:image/png;base64,{encoded}">'

@@ -76,7 +76,8 @@ def run_cases(
     A fallback to the slow reference is an error here (strict mode), so that no time is taken of the wrong kernel.
 
     Args:
-        earlier: a record of the same machine, commit and settings that was stopped; its cases are kept.
+        earlier: a record of the same machine, commit and settings that was stopped; its cases are kept, but for those
+            of which too few samples counted.
         on_result: told after every case what the record is by then.
 
     Raises:
@@ -89,7 +90,7 @@ def run_cases(
         made = record.new(command, threads, settings, peaks.measure_all())
         if earlier is not None:
             made = record.continued(made, earlier)
-        done = {record.result_id(result) for result in made["results"]}
+        done = {record.result_id(result) for result in made["results"] if record.settled(result)}
         left = [case for case in cases if case.id not in done]
         with (
             gf.strict(),
@@ -98,7 +99,7 @@ def run_cases(
         ):
             for case in left:
                 progress.start(case.id)
-                made["results"].append(run_case(case, peaks, settings, progress, server))
+                record.put(made, run_case(case, peaks, settings, progress, server))
                 progress.finish()
                 on_result(progress, made)
         made["peaks_after"] = peaks.measure_all()

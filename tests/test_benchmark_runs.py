@@ -17,7 +17,7 @@ from benchmark_cases import broken, make_case, right, run_fake, unavailable, wro
 
 import gpt4v_fast as gf
 from gpt4v_fast._native import _C
-from gpt4v_fast.benchmarks import command, memory, peaks, record, registry, report, runner
+from gpt4v_fast.benchmarks import command, memory, peaks, plots, record, registry, report, runner
 from gpt4v_fast.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +91,11 @@ class TestRunner:
 
 
 class TestRecord:
+    @pytest.fixture(autouse=True)
+    def steady(self, monkeypatch):
+        """So that every sample counts, on a busy machine too."""
+        monkeypatch.setattr(peaks.Peaks, "probe", lambda self, bound: lambda: 100.0)
+
     def fakes(self, monkeypatch, *cases):
         monkeypatch.setattr(registry, "cases", lambda **filters: list(cases))
 
@@ -128,6 +133,31 @@ class TestRecord:
         assert set(ran) == {"two"} and second["complete"] is True and second["date"] == first["date"]
         assert second["results"][0] == first["results"][0] and second["results"][1]["case"] == "two"
         assert set(second["peaks_after"]) == set(peaks.UNITS)
+
+    def test_a_continued_run_tries_again_where_samples_were_missing(self, monkeypatch, tmp_path):
+        path, ran = tmp_path / "record.json", []
+
+        def make(case, inputs):
+            ran.append(case.name)
+            return right(case, inputs)
+
+        self.fakes(monkeypatch, *(replace(make_case(gpt4v_fast=make, peer=right), name=n) for n in ("one", "two")))
+        assert main(["bench", "--quick", "--json", str(path)]) == 0
+        for status, reason, again in (
+            ("noisy", "it was", {"two"}),
+            ("timed", "only 1", {"two"}),
+            ("timed", None, set()),
+        ):
+            made = json.loads(path.read_text())
+            for result in made["results"]:
+                for row in result["contenders"]:
+                    missing = result["case"] == "two" and row["ours"]
+                    row |= {"status": status, "reason": reason} if missing else {"status": "timed", "reason": None}
+            path.write_text(json.dumps(made))
+            ran.clear()
+            assert main(["bench", "--quick", "--resume", str(path)]) == 0
+            assert set(ran) == again
+            assert sorted(result["case"] for result in json.loads(path.read_text())["results"]) == ["one", "two"]
 
     @pytest.mark.parametrize("name", record.CONTINUED)
     def test_other_conditions_are_refused(self, name):
@@ -205,7 +235,43 @@ class TestReport:
 
     def test_without_matplotlib_the_page_says_why_it_has_no_plot(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "matplotlib", None)
-        assert "matplotlib is not installed" in report._plot("attention", [])
+        assert plots.html_images("attention", []) == [plots.MISSING]
+
+    def points(self, values, proportional=True, extra=None):
+        """Results of a curve: our time at each x."""
+        return [
+            {
+                "op": "attention",
+                "dtype": "bf16",
+                "direction": "forward",
+                "point": {"curve": "by mask", "x_name": "share", "x": x, "proportional": proportional},
+                "contenders": [
+                    {"name": n, "ours": n == "gpt4v_fast", "status": "timed", "median_ms": ms, "extra_bytes": extra}
+                    for n in ("gpt4v_fast", "SDPA")
+                ],
+            }
+            for x, ms in values
+        ]
+
+    def test_a_curve_says_where_time_does_not_follow_the_blocks(self):
+        (line,) = report.curve_lines(self.points([(1.0, 10.0), (0.5, 5.5), (0.25, 3.0), (0.1, 0.8)]))
+        assert line == (
+            "attention by mask, bf16 forward: time follows the blocks that are left within 15% at 1 of 3 points; "
+            "not at 10% (-20%), 25% (+20%)"
+        )
+
+    @pytest.mark.parametrize(("bytes_at_2", "growth"), [(20, "1.00"), (40, "2.00")])
+    def test_a_curve_says_how_memory_grows(self, bytes_at_2, growth):
+        points = self.points([(1.0, 1.0), (2.0, 2.0)], proportional=False)
+        for point, extra in zip(points, (10, bytes_at_2), strict=True):
+            point["contenders"][0]["extra_bytes"] = extra * 2**20
+        (line,) = report.curve_lines(points)
+        assert f"it grows at most {growth} times as much as share" in line
+        assert "10.0 MiB extra memory at 1 to" in line
+
+    def test_curves_are_drawn(self):
+        images = plots.html_images("attention", self.points([(0.5, 1.0), (1.0, 2.0)], extra=2**20))
+        assert len(images) == 1 and 'alt="attention by mask, bf16 forward"' in images[0]
 
     def test_an_install_has_no_commit(self, monkeypatch, tmp_path):
         monkeypatch.setattr(gf, "__file__", str(tmp_path / "gpt4v_fast" / "__init__.py"))

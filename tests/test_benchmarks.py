@@ -6,6 +6,7 @@ No test looks at how long a kernel takes: clocks and probes are stand-ins, or on
 import gc
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 import gpt4v_fast as gf
 from gpt4v_fast import backends
 from gpt4v_fast._native import _C, view
-from gpt4v_fast.benchmarks import check, loss, peaks, registry, runner, timing
+from gpt4v_fast.benchmarks import attention, check, curves, loss, peaks, registry, runner, timing
 from gpt4v_fast.benchmarks.registry import Expected, Unavailable
 
 ALL = [*registry.cases(), *registry.cases(part="quick")]
@@ -73,6 +74,50 @@ class TestRegistry:
     def test_unknown_filters_are_refused(self, filters, message):
         with pytest.raises(ValueError, match=message):
             registry.cases(**filters)
+
+    @pytest.mark.parametrize("T", [None, 70])
+    @pytest.mark.parametrize(
+        ("mask", "more"),
+        [
+            ("none", {}),
+            ("causal", {}),
+            ("window", {"window": 40}),
+            ("window", {"window": 1}),
+            ("documents", {}),
+            ("documents", {"documents": 7}),
+            ("images", {}),
+        ],
+    )
+    def test_pairs_and_blocks_are_those_of_the_dense_mask(self, mask, more, T):
+        if T is not None and mask != "none":
+            T = None
+        shape = attention.Shape("", 2, 1, 131, 8, T=T, mask=mask, **more)
+        dense = shape.gf_mask.dense(shape.S, shape.keys).expand(2, 1, -1, -1)
+        assert shape.visible == int(dense.sum())
+        padded = torch.nn.functional.pad(dense[0, 0], (0, -shape.keys % 16, 0, -shape.S % 12))
+        blocks = padded.view(padded.shape[0] // 12, 12, padded.shape[1] // 16, 16).any(3).any(1)
+        assert shape.blocks(12, 16) == int(blocks.sum())
+
+    def test_curves_have_a_point_at_which_the_mask_hides_nothing(self):
+        points = [case.point for case in registry.cases(part="curves")]
+        assert all(point is not None for point in points)
+        masked = {point.curve for point in points if point.proportional}
+        assert len(masked) == 2
+        for curve in masked:
+            assert max(point.x for point in points if point.curve == curve) == pytest.approx(1.0)
+        assert {point.x for point in points if not point.proportional} == set(curves.LENGTHS)
+
+    def test_the_blocks_of_curves_are_the_kernels(self):
+        header = (Path(__file__).parents[1] / "csrc/kernels/attention_block.h").read_text()
+        assert f"constexpr int kQueries = {curves.QUERIES};" in header
+        assert f"constexpr int kKeys = {curves.KEYS};" in header
+
+    def test_the_first_tokens_of_a_long_curve_are_its_check(self):
+        (case,) = registry.cases(part="curves", names=["curve_documents64"], dtypes=["fp32"], directions=["forward"])
+        small = case.check_inputs(case.make_inputs())
+        assert small["q"].shape == (1, 2, curves.CHECK_TOKENS, 64) and small["shape"].S == curves.CHECK_TOKENS
+        errors = {c.name: error for c, error, _ in runner.checked(case, case.make_inputs(), case.contenders)}
+        assert set(errors) == {"gpt4v_fast", "SDPA"} and all(error <= 1 for error in errors.values())
 
     def test_inputs_are_the_same_at_every_call(self):
         for case in registry.cases(part="quick"):
