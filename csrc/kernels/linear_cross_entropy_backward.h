@@ -1,117 +1,19 @@
 // Backward of linear cross-entropy: each tile of logits is computed again and turned into its gradient.
 //
-// For a chunk of the vocabulary and a chunk of the counted tokens: the gradient G (classes, tokens) of the
-// logits, at most 4 MiB, then grad_hidden += G^T weight and grad_weight += G hidden, each shared out by rows
-// of its result. The outer loop is the vocabulary's, so fp32 sums of the weight's gradient are kept for one
-// chunk of it; those of hidden's are kept for all tokens, or, where a 16-bit gradient of many tokens would
-// need more than kHiddenSumBytes of fp32 sums, for groups of tokens, with another pass over everything for
-// the weight. 8 N V E flops (10 with the second pass).
-//
-// Keeping the logits' gradient in forward instead would save 2 N V E flops, and needs either all of it or all
-// of the fp32 sums at once.
+// For a block of classes and a chunk of the counted tokens: the gradient G of their logits, at most 4 MiB, then
+// grad_weight += G H and grad_hidden += G^T W, each shared out by rows of its result. The outer loop is the
+// vocabulary's. Tokens that are a single chunk give grad_weight whole, a tile of it at a time in first-level cache;
+// else fp32 sums of it are kept for a block of classes. Those of hidden's are kept for all tokens, or, where a 16-bit
+// gradient of many tokens would need more than kHiddenSumBytes of fp32 sums, for groups of tokens, with another pass
+// over everything for the weight. 8 N V E flops (10 with the second pass).
 #pragma once
 
 #include "kernels/linear_cross_entropy.h"
+#include "kernels/loss_gradient.h"
+#include "simd/pages.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
-
-constexpr int64_t kMaxClasses = 1024;
-constexpr int64_t kHiddenSumBytes = 16 << 20;
-
-// What a gradient tile needs of its tokens, lane by lane.
-struct TokenSlopes {
-  alignas(64) float p[kCols], all[kCols], lse[kCols], lse_low[kCols];
-  int64_t row[kCols], label[kCols];  // row -1 and label -1 in unused lanes
-
-  void load(const LinearCrossEntropyArgs& a, const Classes& classes, const int64_t* rows, int64_t count) {
-    for (int c = 0; c < kCols; ++c) {
-      p[c] = all[c] = lse[c] = lse_low[c] = 0.0f;
-      row[c] = label[c] = -1;
-      if (c >= count) continue;
-      const Slopes slopes(a, classes, rows[c]);
-      p[c] = slopes.p, all[c] = slopes.all;
-      lse[c] = at<float>(a.lse, rows[c]), lse_low[c] = at<float>(a.lse_low, rows[c]);
-      row[c] = rows[c], label[c] = at<int64_t>(a.target, rows[c]);
-    }
-  }
-
-  // Turns a tile of logits into their gradients.
-  template <class T>
-  void differentiate(const LinearCrossEntropyArgs& a, const Classes& classes, const Cap& cap,
-                     const WeightTile<T>& weight, float* tile) const {
-    float of_label[kCols];
-    for (int c = 0; c < kCols; ++c) {
-      const int64_t r = label[c] - weight.first;
-      if (r < 0 || r >= weight.count) continue;
-      const float x = tile[r * kCols + c];
-      const float slope = cap.active() ? tanh_and_slope(x * cap.inverse).slope : 1.0f;
-      of_label[c] = slope * Slopes(a, classes, row[c]).label(exp((cap(x) - lse[c]) - lse_low[c]));
-    }
-    for (int64_t r = 0; r < weight.count; ++r) {
-      float* x = tile + r * kCols;
-      const float w = classes.smoothing > 0.0f ? weight.class_weight[r] : 0.0f;
-      if (cap.active()) {
-        for (int c = 0; c < kCols; ++c) {
-          const TanhAndSlope t = tanh_and_slope(x[c] * cap.inverse);
-          x[c] = t.slope * (p[c] * exp((cap.softcap * t.value - lse[c]) - lse_low[c]) - all[c] * w);
-        }
-        continue;
-      }
-#pragma GCC unroll 4
-      for (int lane = 0; lane < kCols; lane += kLanes) {
-        const Vec z = (load_vec(x + lane) - load_vec(lse + lane)) - load_vec(lse_low + lane);
-        const Vec dz = load_vec(p + lane) * exp2(z * kLog2E);
-        store_vec(x + lane, w == 0.0f ? dz : dz - load_vec(all + lane) * w);
-      }
-    }
-    for (int c = 0; c < kCols; ++c) {
-      const int64_t r = label[c] - weight.first;
-      if (r >= 0 && r < weight.count) tile[r * kCols + c] = of_label[c];
-    }
-  }
-};
-
-// The gradients G of a chunk's logits as the products take them: rows (class, token) for the weight's gradient, and for
-// hidden's the same fp32 rows or, with bf16, pairs of classes.
-template <class T>
-struct LogitGradient {
-  using Element = typename Operands<T>::Element;
-  static constexpr bool kPairs = Operands<T>::kPairs;
-  Element* rows;   // [class][stride]
-  float* columns;  // [class / 2][stride], or null
-  int64_t stride;
-
-  // A tile of gradients, (count, kCols), whose first class is even.
-  void store(const float* tile, int64_t count, int64_t first, int64_t column) const {
-    for (int64_t r = 0; r < count; r += 2)
-#pragma GCC unroll 4
-      for (int lane = 0; lane < kCols; lane += kLanes) {
-        const float* from = tile + r * kCols + lane;
-        const int64_t to = (first + r) * stride + column + lane;
-        const Vec low = load_vec(from), high = r + 1 < count ? load_vec(from + kCols) : Vec{};
-        gpt4v_fast::GPT4V_FAST_ISA::store_row(rows + to, low);
-        if (r + 1 < count) gpt4v_fast::GPT4V_FAST_ISA::store_row(rows + to + stride, high);
-        if (kPairs) store_vec(columns + (first + r) / 2 * stride + column + lane, pair_of(low, high));
-      }
-  }
-  typename Operands<T>::RowOperand of_classes(int64_t first) const { return {rows + first * stride, stride}; }
-  // Tokens [first, first + count) as rows, all classes as depth, copied to where they are close together.
-  typename Operands<T>::ColumnOperand of_tokens(int64_t first, int64_t count, int64_t classes, float* scratch) const {
-    const float* from = (kPairs ? columns : reinterpret_cast<const float*>(rows)) + first;
-    for (int64_t d = 0; d < Operands<T>::depth(classes); ++d)
-      std::memcpy(scratch + d * kTileRows, from + d * stride, count * sizeof(float));
-    return {reinterpret_cast<const Element*>(scratch), kTileRows * int64_t{sizeof(float) / sizeof(Element)}};
-  }
-};
-
-template <class T>
-static void store_row(const float* from, int64_t count, T* to, int64_t stride) {
-  if (stride == 1)
-    for (int64_t e = 0; e < count; ++e) to[e] = from_float<T>(from[e]);
-  else
-    for (int64_t e = 0; e < count; ++e) to[e * stride] = from_float<T>(from[e]);
-}
 
 template <class T>
 static T* row_of(const View& view, int64_t row) {
@@ -121,7 +23,13 @@ static T* row_of(const View& view, int64_t row) {
 // A gradient that is its own fp32 sum needs no other.
 static inline bool holds_sums(const View& view) { return view.dtype == DType::kFloat32 && view.stride[1] == 1; }
 
-// One backward call: its sizes, its scratch, and the passes over (vocabulary, tokens).
+// A gradient about to be written whole.
+static inline void expect_gradient(const View& view) {
+  if (view.defined && view.stride[1] == 1 && view.stride[0] == view.size[1])
+    expect_writes(view.data, view.size[0] * view.size[1] * (view.dtype == DType::kFloat32 ? 4 : 2));
+}
+
+// One backward call: its scratch, and the passes over (vocabulary, tokens).
 template <class T>
 class LinearBackward {
  public:
@@ -134,168 +42,204 @@ class LinearBackward {
         hidden(args.hidden, rows.rows.get()),
         E(args.hidden.size[1]),
         V(args.weight.size[0]),
-        chunk(min_of(tokens_per_chunk(E), round_up(max_of(rows.count, 1), kCols))),
-        tile_rows(weight_rows<T>(E)),
-        classes_per_chunk(min_of(round_up(V, tile_rows), classes_in_chunk())),
-        thread_floats(max_of(tile_rows * weight_stride(E), kTileRows * classes_per_chunk)),
+        tokens(rows.count),
+        features(E),
+        sizes(BackwardSizes<T>::of(rows.count, E, V)),
+        thread_floats(copied_weight_floats(args, weight, sizes.tile_rows)),
         team(team_size(threads, thread_floats)),
         scratch(team * thread_floats),
-        token_lanes(chunk / kCols * strip_size<T>(E)),
-        token_columns(args.grad_weight.defined ? ceil_div(E, kCols) * strip_size<T>(chunk) : 0),
-        weight_columns(args.grad_hidden.defined ? ceil_div(E, kCols) * strip_size<T>(classes_per_chunk) : 0),
-        gradient_rows(classes_per_chunk * chunk),
-        gradient_columns(LogitGradient<T>::kPairs ? classes_per_chunk / 2 * chunk : 0),
-        gradient{gradient_rows.get(), gradient_columns.get(), chunk},
-        bias_sums(args.grad_bias.defined ? classes_per_chunk * (chunk / kCols) : 0),
-        slopes(chunk / kCols),
-        hidden_sums(args.grad_hidden.defined && !holds_sums(args.grad_hidden) ? tokens_per_group() * E : 0),
-        weight_sums(args.grad_weight.defined && !holds_sums(args.grad_weight) ? classes_per_chunk * E : 0) {}
+        token_lanes(sizes.strips * strip_size<T>(E)),
+        token_columns(args.grad_weight.defined ? sizes.token_column_floats() * features.count : 0),
+        weight_columns(args.grad_hidden.defined ? sizes.weight_column_floats() * features.count : 0),
+        gradient_rows(LogitGradient<T>::floats(sizes.strips, sizes.classes)),
+        gradient_pairs(LogitGradient<T>::kPairs ? LogitGradient<T>::floats(sizes.strips, sizes.classes) / 2 : 0),
+        gradient{gradient_rows.get(), gradient_pairs.get(), sizes.classes},
+        bias_sums(args.grad_bias.defined ? sizes.classes * sizes.strips : 0),
+        slopes(sizes.strips),
+        hidden_sums(needs_hidden_sums() ? min_of(sizes.group, tokens.count) * kCols * E : 0),
+        weight_sums(args.grad_weight.defined && needs_weight_sums() ? sizes.classes * E : 0) {}
 
   void run() {
+    expect_gradient(a.grad_hidden);
+    expect_gradient(a.grad_weight);
     const bool wants_rows = a.grad_weight.defined || a.grad_bias.defined;
-    if (a.grad_hidden.defined && tokens_per_group() < counted.count) {
-      for (int64_t n = 0; n < counted.count; n += tokens_per_group())
-        pass(n, min_of(n + tokens_per_group(), counted.count), true, false);
-      if (wants_rows) pass(0, counted.count, false, true);
+    if (tokens.count == 0) return clear_rows();
+    if (needs_hidden_sums() && sizes.group < tokens.count) {
+      for (int64_t s = 0; s < tokens.count; s += sizes.group)
+        pass(s, min_of(s + sizes.group, tokens.count), true, false);
+      if (wants_rows) pass(0, tokens.count, false, true);
     } else if (a.grad_hidden.defined || wants_rows) {
-      pass(0, counted.count, a.grad_hidden.defined, wants_rows);
+      pass(0, tokens.count, a.grad_hidden.defined, wants_rows);
     }
   }
 
  private:
-  int64_t classes_in_chunk() const {
-    const int64_t fitting = min_of(kMaxClasses, kPackBytes / (4 * max_of(E, 1)));
-    return max_of(tile_rows, fitting / tile_rows * tile_rows);
-  }
+  bool needs_hidden_sums() const { return a.grad_hidden.defined && !holds_sums(a.grad_hidden); }
+  bool needs_weight_sums() const { return !holds_sums(a.grad_weight) && sizes.strips < tokens.count; }
 
-  // Counted tokens whose gradients are summed in one pass.
-  int64_t tokens_per_group() const {
-    if (holds_sums(a.grad_hidden)) return counted.count;
-    return min_of(counted.count, max_of(chunk, kHiddenSumBytes / (4 * max_of(E, 1)) / chunk * chunk));
-  }
-
-  float* own_scratch() const { return scratch.get() + omp_get_thread_num() * thread_floats; }
-
-  // Sums the gradients of hidden (of the counted tokens [begin, end)) or of weight and bias, or both.
+  // Sums the gradients of hidden (of the strips [begin, end) of tokens) or of weight and bias, or both.
   void pass(int64_t begin, int64_t end, bool of_hidden, bool of_rows) {
 #pragma omp parallel num_threads(team)
     {
-      const bool own_sums = of_hidden && !holds_sums(a.grad_hidden);
-      Target hidden_target{own_sums ? hidden_sums.get() : row_of<float>(a.grad_hidden, 0),
-                           own_sums ? E : a.grad_hidden.stride[0], nullptr};
-      for (int64_t v = 0; v < V; v += classes_per_chunk) {
-        const int64_t rows = min_of(classes_per_chunk, V - v);
-        if (of_hidden) pack_columns_by_team(weight, v, rows, E, weight_columns.get());
-        if (of_rows && begin == end) clear_rows_by_team(v, rows);
-        for (int64_t n = begin; n < end; n += chunk) {
-          const int64_t tokens = min_of(chunk, end - n);
-          gradient_by_team(v, rows, n, tokens);
-          if (of_hidden) {
-            Target target = hidden_target;
-            if (own_sums)
-              target.data += (n - begin) * E;
-            else if (counted.count == counted.rows_of_call)
-              target.data += n * target.stride;
-            else
-              target.index = counted.rows.get() + n;
-            const auto left = [&](int64_t first, int64_t count) {
-              return gradient.of_tokens(first, count, rows, own_scratch());
-            };
-            product_by_team(left, tokens, Operands<T>::depth(rows), weight_columns.get(), strip_size<T>(rows), E, v > 0,
-                            target);
-          }
-          if (of_rows) take_rows_by_team(v, rows, tokens, n > begin);
+      for (int64_t v = 0; v < V; v += sizes.classes) {
+        const int64_t rows = min_of(sizes.classes, V - v);
+        if (of_hidden)
+          pack_columns_by_team(weight, v, rows, rows, features, sizes.weight_column_floats(), weight_columns.get());
+        for (int64_t first = begin; first < end; first += sizes.strips) {
+          const int64_t last = min_of(end, first + sizes.strips);
+          gradient_by_team(v, rows, first, last);
+          if (of_rows) take_rows_by_team(v, rows, first, last);
+          if (of_hidden) take_hidden_by_team(v, rows, first, last, begin);
         }
-        if (of_rows) store_weight_by_team(v, rows);
       }
-      if (own_sums) {
+      if (of_hidden && needs_hidden_sums()) {
 #pragma omp for schedule(static)
-        for (int64_t n = begin; n < end; ++n)
-          store_row(hidden_sums.get() + (n - begin) * E, E, row_of<T>(a.grad_hidden, counted.rows[n]),
+        for (int64_t n = tokens.begin(begin); n < min_of(tokens.size, tokens.begin(end)); ++n)
+          store_row(hidden_sums.get() + (n - tokens.begin(begin)) * E, E, row_of<T>(a.grad_hidden, counted.rows[n]),
                     a.grad_hidden.stride[1]);
       }
     }
   }
 
-  // The gradients of the logits of classes v + r and counted tokens n + c; and their sums over each strip of tokens.
-  void gradient_by_team(int64_t v, int64_t rows, int64_t n, int64_t tokens) {
-    const int64_t strips = ceil_div(tokens, kCols), strip_tasks = ceil_div(strips, kTaskStrips);
+  // The gradients of the logits of classes [v, v + rows) and the strips [first, last) of tokens; and their sums over
+  // each strip.
+  void gradient_by_team(int64_t v, int64_t rows, int64_t first, int64_t last) {
     // Tokens that are a single chunk are packed once for the whole vocabulary.
-    if (v == 0 || counted.count > chunk) {
-      pack_tokens_by_team(hidden, n, tokens, E, token_lanes.get());
-      if (a.grad_weight.defined) pack_columns_by_team(hidden, n, tokens, E, token_columns.get());
+    if (v == 0 || sizes.strips < tokens.count) {
+      pack_tokens_by_team(hidden, tokens, first, last, E, token_lanes.get());
+      const int64_t n = tokens.begin(first), end = tokens.begin(last);
+      if (a.grad_weight.defined)
+        pack_columns_by_team(hidden, n, min_of(tokens.size, end) - n, end - n, features, sizes.token_column_floats(),
+                             token_columns.get());
 #pragma omp for schedule(static)
-      for (int64_t s = 0; s < strips; ++s)
-        slopes[s].load(a, classes, counted.rows.get() + n + s * kCols, min_of(kCols, tokens - s * kCols));
+      for (int64_t s = first; s < last; ++s)
+        slopes[s - first].load(a, classes, counted.rows.get() + tokens.begin(s), tokens.used(s));
     }
+    const int64_t tiles = ceil_div(rows, sizes.tile_rows), groups = ceil_div(last - first, kTaskStrips);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < ceil_div(rows, tile_rows) * strip_tasks; ++task) {
-      const int64_t first = task / strip_tasks * tile_rows, first_strip = task % strip_tasks * kTaskStrips;
-      WeightTile<T> tile_weight;
-      tile_weight.rows = reinterpret_cast<typename WeightTile<T>::Element*>(own_scratch());
-      tile_weight.load(a, weight, classes, v + first, min_of(tile_rows, rows - first));
-      for (int64_t s = first_strip; s < min_of(first_strip + kTaskStrips, strips); ++s) {
-        alignas(64) float tile[kTileRows * kCols];
-        tile_weight.logits(token_lanes.get() + s * strip_size<T>(E), E, tile);
-        slopes[s].differentiate(a, classes, cap, tile_weight, tile);
-        gradient.store(tile, tile_weight.count, first, s * kCols);
-        for (int64_t r = 0; a.grad_bias.defined && r < tile_weight.count; ++r) {
+    for (int64_t task = 0; task < tiles * groups; ++task) {
+      const int64_t row = task / groups * sizes.tile_rows, begin = first + task % groups * kTaskStrips;
+      WeightTile<T> tile_weight(a, weight, scratch.get() + omp_get_thread_num() * thread_floats);
+      tile_weight.load(classes, v + row, min_of(sizes.tile_rows, rows - row));
+      const int64_t count = tile_weight.count;
+      for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
+        alignas(64) float own[kTileRows * kCols];
+        float* tile = LogitGradient<T>::kPairs ? own : gradient.tile(s - first, row);
+        const int64_t lanes = tokens.lanes(s);
+        Fetch nothing;
+        tile_weight.logits(token_lanes.get() + (s - first) * strip_size<T>(E), lanes, E, tile, nothing);
+        slopes[s - first].differentiate(a, classes, cap, v + row, count, lanes, tile_weight.class_weight, tile);
+        gradient.store(tile, count, lanes, s - first, row);
+        for (int64_t r = 0; a.grad_bias.defined && r < count; ++r) {
           Vec sum = {};
-          for (int lane = 0; lane < kCols; lane += kLanes) sum += load_vec(tile + r * kCols + lane);
-          bias_sums[(first + r) * (chunk / kCols) + s] = sum_of(sum);
+          for (int64_t lane = 0; lane < lanes; lane += kLanes) sum += load_vec(tile + r * kCols + lane);
+          bias_sums[(row + r) * sizes.strips + s - first] = sum_of(sum);
         }
       }
     }
   }
 
-  Target weight_target(int64_t v) const {
-    if (holds_sums(a.grad_weight)) return {row_of<float>(a.grad_weight, v), a.grad_weight.stride[0], nullptr};
-    return {weight_sums.get(), E, nullptr};
-  }
-
-  // Where no token counts.
-  void clear_rows_by_team(int64_t v, int64_t rows) {
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r) {
-      if (a.grad_bias.defined) at<float>(a.grad_bias, v + r) = 0.0f;
-      if (a.grad_weight.defined) std::memset(weight_target(v).row(r), 0, E * sizeof(float));
+  // grad_hidden of the strips [first, last) += G^T W of a block of classes.
+  void take_hidden_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, int64_t group) {
+    const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
+    const int64_t depth = Operands<T>::depth(rows);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t task = 0; task < groups * columns; ++task) {
+      const int64_t begin = first + task / columns * kTaskStrips, feature = task % columns * kTaskStrips;
+      for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f)
+        for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
+          alignas(64) float tile[kCols * kCols];
+          const int64_t n = tokens.begin(s), count = tokens.used(s), e = features.begin(f);
+          FetchToWrite sums(hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * sizeof(float));
+          multiply_strip(gradient.of_tokens(s - first), count, features.lanes(f) / kLanes,
+                         weight_columns.get() + f * sizes.weight_column_floats(), depth, tile, kCols, sums);
+          for (int64_t i = 0; i < count; ++i)
+            add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
+        }
     }
   }
 
-  // Sets the sums of the weight's and the bias's gradients to those of a chunk of tokens, or adds them.
-  void take_rows_by_team(int64_t v, int64_t rows, int64_t tokens, bool add) {
+  // The fp32 sums of counted token n, in a group that starts with strip `group`.
+  float* hidden_row(int64_t n, int64_t group) const {
+    return needs_hidden_sums() ? hidden_sums.get() + (n - tokens.begin(group)) * E
+                               : row_of<float>(a.grad_hidden, counted.rows[n]);
+  }
+
+  // In bytes; between counted tokens that are not neighbours it is larger, and only memory is fetched in vain.
+  int64_t hidden_stride() const {
+    return (needs_hidden_sums() ? E : a.grad_hidden.stride[0]) * static_cast<int64_t>(sizeof(float));
+  }
+
+  // Where no token counts.
+  void clear_rows() const {
+    const Buffer<float> nothing(max_of(E, 1));
+    std::memset(nothing.get(), 0, max_of(E, 1) * sizeof(float));
+    for (int64_t v = 0; v < V; ++v) {
+      if (a.grad_bias.defined) at<float>(a.grad_bias, v) = 0.0f;
+      if (a.grad_weight.defined) store_row(nothing.get(), E, row_of<T>(a.grad_weight, v), a.grad_weight.stride[1]);
+    }
+  }
+
+  // The gradients of weight and bias, or their sums so far, for a block of classes from the strips [first, last).
+  void take_rows_by_team(int64_t v, int64_t rows, int64_t first, int64_t last) {
     if (a.grad_bias.defined) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; ++r) {
         float sum = 0.0f;
-        for (int64_t s = 0; s < ceil_div(tokens, kCols); ++s) sum += bias_sums[r * (chunk / kCols) + s];
+        for (int64_t s = first; s < last; ++s) sum += bias_sums[r * sizes.strips + s - first];
         float& total = at<float>(a.grad_bias, v + r);
-        total = add ? total + sum : sum;
+        total = first > 0 ? total + sum : sum;
       }
     }
     if (!a.grad_weight.defined) return;
-    const auto left = [&](int64_t first, int64_t) { return gradient.of_classes(first); };
-    product_by_team(left, rows, Operands<T>::depth(tokens), token_columns.get(), strip_size<T>(tokens), E, add,
-                    weight_target(v));
+    const int64_t tiles = ceil_div(rows, kTileRows), columns = ceil_div(features.count, kTaskStrips);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (int64_t task = 0; task < tiles * columns; ++task) {
+      const int64_t row = task / columns * kTileRows, count = min_of(kTileRows, rows - row);
+      const int64_t feature = task % columns * kTaskStrips;
+      for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f) {
+        alignas(64) float tile[kTileRows * kCols];
+        FetchToWrite written = weight_rows_ahead(v, row, count, f, last);
+        multiply_tokens(tokens, first, last, kPerStep, count, features.lanes(f) / kLanes, gradient.of_classes(0, row),
+                        sizes.classes * kCols, token_columns.get() + f * sizes.token_column_floats(), tile, written);
+        for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols);
+      }
+    }
   }
 
-  void store_weight_by_team(int64_t v, int64_t rows) {
-    if (!a.grad_weight.defined || holds_sums(a.grad_weight)) return;
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < rows; ++r)
-      store_row(weight_sums.get() + r * E, E, row_of<T>(a.grad_weight, v + r), a.grad_weight.stride[1]);
+  // What take_weight_row is about to write.
+  FetchToWrite weight_rows_ahead(int64_t v, int64_t row, int64_t count, int64_t f, int64_t last) const {
+    const int64_t e = features.begin(f), used = features.used(f), stride = a.grad_weight.stride[0];
+    if (needs_weight_sums() && last < tokens.count)
+      return {weight_sums.get() + row * E + e, E * int64_t{sizeof(float)}, count, used * int64_t{sizeof(float)}};
+    if (a.grad_weight.stride[1] != 1) return {nullptr, 0, 0, 1};
+    return {row_of<T>(a.grad_weight, v + row) + e, stride * int64_t{sizeof(T)}, count, used * int64_t{sizeof(T)}};
   }
+
+  void take_weight_row(int64_t v, int64_t row, int64_t f, int64_t first, int64_t last, float* from) const {
+    const int64_t e = features.begin(f), used = features.used(f);
+    if (holds_sums(a.grad_weight)) return add_row(from, used, first > 0, row_of<float>(a.grad_weight, v + row) + e);
+    float* sums = weight_sums.get() + row * E + e;
+    if (last < tokens.count) return add_row(from, used, first > 0, sums);
+    if (first > 0) add_row(sums, used, true, from);
+    store_row(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1], a.grad_weight.stride[1]);
+  }
+
+  static constexpr int64_t kPerStep = Operands<T>::kPairs ? 2 : 1;  // tokens
 
   const LinearCrossEntropyArgs& a;
   const Classes& classes;
   const Cap cap;
   const Counted& counted;
   const RowsOf<T> weight, hidden;
-  const int64_t E, V, chunk, tile_rows, classes_per_chunk, thread_floats;
+  const int64_t E, V;
+  const Strips tokens, features;
+  const BackwardSizes<T> sizes;
+  const int64_t thread_floats;
   const int team;
   const Buffer<float> scratch, token_lanes, token_columns, weight_columns;
   const Buffer<typename Operands<T>::Element> gradient_rows;
-  const Buffer<float> gradient_columns;
+  const Buffer<float> gradient_pairs;
   const LogitGradient<T> gradient;
   const Buffer<float> bias_sums;  // [class][strip]
   const Buffer<TokenSlopes> slopes;

@@ -1,6 +1,6 @@
 // The matrix side of linear cross-entropy: tokens or features packed into strips of vectors, and products of them with
-// rows that are broadcast (tile.h, operands.h), shared out over a team of threads. Functions named *_by_team hold an
-// orphaned `omp for` and are called by every thread.
+// rows that are broadcast (tile.h, operands.h). Functions named *_by_team hold an orphaned `omp for` and are called by
+// every thread.
 #pragma once
 
 #include "kernels/loss.h"
@@ -8,16 +8,29 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 
-// A strip is as wide as the register tile of a product; a tile of kTileRows rows of a strip is 12 KiB with AVX-512.
+// A strip is as wide as the register tile of a product. 72 rows divide by the heights of the register tiles of every
+// width (8, 12; 6, 12 with AVX2), and such a tile of a strip is 14 KiB with AVX-512.
 constexpr int kCols = kProductVectors * kLanes;
-constexpr int64_t kTileRows = 64 / kProductRows * kProductRows;
+constexpr int64_t kTileRows = 72;
 
-// Steps of one product: a strip of so many is 24 KiB with AVX-512, half a first-level cache, while a tile's rows pass
-// by; and no more than so many terms (pairs of them with bf16) are added up in one go, which keeps long sums accurate.
+// Steps of one product: no more than so many terms (pairs of them with bf16) are added up in one go, which keeps long
+// sums accurate. A strip of so many is 36 KiB with AVX-512; 96 to 288 are equally fast.
 constexpr int64_t kDepth = 192;
 
-// Strips of columns that a task passes its copied rows by: a chunk of 1,024 by 1,024 still gives 40 tasks and more.
-constexpr int64_t kTaskStrips = 8;
+// Strips of columns in a task.
+constexpr int64_t kTaskStrips = 4;
+
+// `size` lanes as strips whose widths differ by no more than a vector: 4 vectors are 2 + 2, not 3 + 1, for a product
+// of one vector's width waits for its loads.
+struct Strips {
+  int64_t size, vectors, count;
+
+  explicit Strips(int64_t lanes)
+      : size(lanes), vectors(ceil_div(lanes, kLanes)), count(ceil_div(vectors, kProductVectors)) {}
+  int64_t begin(int64_t s) const { return count == 0 ? 0 : vectors * s / count * kLanes; }
+  int64_t lanes(int64_t s) const { return begin(s + 1) - begin(s); }
+  int64_t used(int64_t s) const { return min_of(lanes(s), size - begin(s)); }
+};
 
 // Some rows of a matrix, all of them or those that an index names.
 template <class T>
@@ -48,106 +61,228 @@ static void copy_row(const T* from, int64_t stride, int64_t count, Element* to) 
     for (int64_t i = 0; i < count; ++i) to[i] = from[i * stride];
 }
 
-// Strips of kCols rows, each packed with its rows as lanes: strip s stands at to + s * strip_size, element (row, e) at
-// [e][row], or with pairs (e, e + 1) at [e / 2][row]. Lanes and elements past the end are zeros.
+// `count` floats as elements of T.
 template <class T>
-static void pack_tokens_by_team(const RowsOf<T>& source, int64_t first, int64_t count, int64_t E, float* to) {
+static void store_row(const float* from, int64_t count, T* to, int64_t stride) {
+  int64_t e = 0;
+#ifdef __AVX512BF16__
+  if constexpr (Operands<T>::kPairs)
+    for (; stride == 1 && e + kLanes <= count; e += kLanes)
+      gpt4v_fast::GPT4V_FAST_ISA::store_row(to + e, load_vec(from + e));
+#endif
+  if (stride == 1)
+    for (; e < count; ++e) to[e] = from_float<T>(from[e]);
+  else
+    for (; e < count; ++e) to[e * stride] = from_float<T>(from[e]);
+}
+
+// Strips [first, last) of rows, each packed with its rows as lanes: strip s stands at to + (s - first) * strip_size,
+// element (row, e) at [e][row], or with pairs (e, e + 1) at [e / 2][row]. Lanes and elements past the end are zeros.
+template <class T>
+static void pack_tokens_by_team(const RowsOf<T>& source, const Strips& strips, int64_t first, int64_t last, int64_t E,
+                                float* to) {
   using Element = typename Operands<T>::Element;
   constexpr int64_t kStep = 64 * sizeof(float) / sizeof(Element);  // elements of a row at a time: 64 floats or pairs
 #pragma omp for schedule(static)
-  for (int64_t s = 0; s < ceil_div(count, kCols); ++s) {
-    const int64_t rows = min_of(kCols, count - s * kCols);
+  for (int64_t s = first; s < last; ++s) {
+    const int64_t rows = strips.used(s);
     for (int64_t e = 0; e < E; e += kStep) {
       alignas(64) Element block[kCols * kStep];
       const int64_t used = min_of(kStep, E - e);
       if (rows < kCols || used < kStep) std::memset(block, 0, sizeof(block));
       for (int64_t r = 0; r < rows; ++r)
-        copy_row(source.row(first + s * kCols + r) + e * source.col_stride, source.col_stride, used, block + r * kStep);
+        copy_row(source.row(strips.begin(s) + r) + e * source.col_stride, source.col_stride, used, block + r * kStep);
       transpose(reinterpret_cast<const float*>(block), 64, kCols, Operands<T>::depth(used),
-                to + s * strip_size<T>(E) + Operands<T>::depth(e) * kCols, kCols);
+                to + (s - first) * strip_size<T>(E) + Operands<T>::depth(e) * kCols, kCols);
     }
   }
 }
 
-// Strips of kCols columns: element (r, e) at strip e / kCols, [r][e mod kCols], or with pairs of rows [r / 2]; zeros
-// past the last column and row.
+// Rows [first, first + rows) in strips of columns, `floats` apart: element (r, e) at strip s that has column e,
+// [r][e - begin(s)], or with pairs of rows [r / 2]; zeros past the last column and, up to `padded`, past the last row.
+// Whole rows pass, as they lie in memory.
 template <class T>
-static void pack_columns_by_team(const RowsOf<T>& source, int64_t first, int64_t rows, int64_t E, float* to) {
+static void pack_columns_by_team(const RowsOf<T>& source, int64_t first, int64_t rows, int64_t padded,
+                                 const Strips& strips, int64_t floats, float* to) {
+  constexpr int64_t kTogether = Operands<T>::kPairs ? 2 : 1;  // rows
+  const int64_t steps = Operands<T>::depth(rows), stride = source.col_stride;
 #pragma omp for schedule(static)
-  for (int64_t s = 0; s < ceil_div(E, kCols); ++s) {
-    const int64_t e = s * kCols * source.col_stride, count = min_of(kCols, E - s * kCols);
-    float* strip = to + s * strip_size<T>(rows);
-    if constexpr (Operands<T>::kPairs) {
-      for (int64_t r = 0; r < rows; r += 2) {
-        uint32_t* pairs = reinterpret_cast<uint32_t*>(strip + r / 2 * kCols);
-        const T* low = source.row(first + r) + e;
-        const T* high = r + 1 < rows ? source.row(first + r + 1) + e : nullptr;
-        if (high != nullptr && source.col_stride == 1)
-          interleave(low, high, count, pairs);
-        else
-          for (int64_t c = 0; c < count; ++c)
-            pairs[c] = low[c * source.col_stride].bits |
-                       (high == nullptr ? 0u : static_cast<uint32_t>(high[c * source.col_stride].bits) << 16);
-        for (int64_t c = count; c < kCols; ++c) pairs[c] = 0;
+  for (int64_t i = 0; i < Operands<T>::depth(padded); ++i)
+    for (int64_t s = 0; s < strips.count; ++s) {
+      float* target = to + s * floats + i * kCols;
+      const int64_t count = i < steps ? strips.used(s) : 0, r = first + i * kTogether;
+      if (count == 0) {
+        std::memset(target, 0, kCols * sizeof(float));
+        continue;
       }
-    } else {
-      for (int64_t r = 0; r < rows; ++r)
-        pack<T>({source.row(first + r) + e, 0, source.col_stride}, 1, count, strip + r * kCols, kCols);
+      const T* row = source.row(r) + strips.begin(s) * stride;
+      if constexpr (Operands<T>::kPairs) {
+        uint32_t* pairs = reinterpret_cast<uint32_t*>(target);
+        const bool has_both = i * kTogether + 1 < rows;
+        const T* second = has_both ? source.row(r + 1) + strips.begin(s) * stride : row;
+        if (has_both && stride == 1 && count == kCols)
+          interleave(row, second, kCols, pairs);
+        else
+          for (int64_t c = 0; c < kCols; ++c) {
+            const uint32_t low = c < count ? row[c * stride].bits : 0u;
+            pairs[c] = low | (has_both && c < count ? static_cast<uint32_t>(second[c * stride].bits) << 16 : 0u);
+          }
+      } else {
+        pack<T>({row, 0, stride}, 1, count, target, kCols);
+      }
     }
-  }
 }
 
-// tile (rows, kCols) = or, with `add`, += left (rows, depth) strip, a stretch of the depth at a time.
-template <class Operand>
-static void multiply_strip(Operand left, int64_t rows, const float* strip, int64_t depth, bool add, float* tile,
-                           int64_t tile_stride) {
+// Work that a product does on the way (tile.h): fetches memory that is used next, a row of up to 192 bytes a step.
+struct Fetch {
+  const char* next = nullptr;
+  int64_t stride = 0, rows = 0;
+
+  ALWAYS_INLINE void step() {
+    if (rows == 0) return;
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(next + 64, 0, 2);
+    --rows, next += stride;
+  }
+};
+
+// The same for memory that will be written, whose lines are wanted in first-level cache.
+struct FetchToWrite {
+  const char* next = nullptr;
+  int64_t stride = 0, rows = 0, last = 0;  // the last byte of a row that counts
+
+  FetchToWrite(const void* first, int64_t stride_bytes, int64_t row_count, int64_t bytes)
+      : next(static_cast<const char*>(first)), stride(stride_bytes), rows(row_count), last(bytes - 1) {}
+  ALWAYS_INLINE void step() {
+    if (rows == 0) return;
+    __builtin_prefetch(next, 1);
+    __builtin_prefetch(next + min_of(64, last), 1);
+    __builtin_prefetch(next + min_of(128, last), 1);
+    __builtin_prefetch(next + last, 1);
+    --rows, next += stride;
+  }
+};
+
+constexpr int product_rows(int vectors) {
+  return vectors == kProductVectors ? kProductRows : vectors == 2 ? 12 : 2 * kProductRows;
+}
+
+// The product of `rows` rows with a strip of `vectors` vectors' width.
+template <Into kInto, class Operand, class Work>
+__attribute__((noinline)) static void product_strip(int64_t rows, int64_t vectors, int64_t depth, Operand left,
+                                                    const float* strip, float* tile, int64_t tile_stride,
+                                                    Work& caller_work) {
+  Work work = caller_work;  // its own, and so in registers
+  if (vectors == kProductVectors)
+    product_columns<kInto, product_rows(kProductVectors), kProductVectors>(rows, depth, left, strip, kCols, tile,
+                                                                           tile_stride, nullptr, work);
+  else if (kProductVectors > 2 && vectors == 2)
+    product_columns<kInto, product_rows(2), 2>(rows, depth, left, strip, kCols, tile, tile_stride, nullptr, work);
+  else
+    product_columns<kInto, product_rows(1), 1>(rows, depth, left, strip, kCols, tile, tile_stride, nullptr, work);
+  caller_work = work;
+}
+
+// tile (rows, vectors * kLanes) = left (rows, depth) strip, a stretch of the depth at a time.
+template <class Operand, class Work>
+static void multiply_strip(Operand left, int64_t rows, int64_t vectors, const float* strip, int64_t depth, float* tile,
+                           int64_t tile_stride, Work& work) {
   const int64_t parts = max_of(1, ceil_div(depth, kDepth));
   for (int64_t part = 0, d = 0; part < parts; ++part) {
     const int64_t end = depth * (part + 1) / parts;
     const float* from = strip + d * kCols;
-    if (add || part > 0)
-      product<Into::kAdd>(rows, kCols, end - d, left.depth_from(d), from, kCols, tile, tile_stride);
+    if (part > 0)
+      product_strip<Into::kAdd>(rows, vectors, end - d, left.depth_from(d), from, tile, tile_stride, work);
     else
-      product<Into::kSet>(rows, kCols, end - d, left.depth_from(d), from, kCols, tile, tile_stride);
+      product_strip<Into::kSet>(rows, vectors, end - d, left.depth_from(d), from, tile, tile_stride, work);
     d = end;
   }
 }
 
-// Where a product goes: row i is data + (index == null ? i : index[i]) * stride.
-struct Target {
-  float* data;
-  int64_t stride;
-  const int64_t* index;
-  float* row(int64_t i) const { return data + (index == nullptr ? i : index[i]) * stride; }
-};
-
-// target(i, e) = or, with `add`, += sum over d of left(i, d) * right(d, e), with right packed by pack_columns_by_team,
-// whose strips take `strip_floats`. `left(first, count)` is the operand of some rows; it may copy them to the thread's
-// own scratch. Each sum is one thread's, in an order that depends on the sizes alone.
-template <class Left>
-static void product_by_team(const Left& left, int64_t rows, int64_t depth, const float* right, int64_t strip_floats,
-                            int64_t E, bool add, const Target& target) {
-  const int64_t strips = ceil_div(E, kCols), strip_tasks = ceil_div(strips, kTaskStrips);
-#pragma omp for schedule(dynamic, 1)
-  for (int64_t task = 0; task < ceil_div(rows, kTileRows) * strip_tasks; ++task) {
-    const int64_t first = task / strip_tasks * kTileRows, count = min_of(kTileRows, rows - first);
-    const auto operand = left(first, count);
-    const int64_t first_strip = task % strip_tasks * kTaskStrips;
-    for (int64_t s = first_strip; s < min_of(first_strip + kTaskStrips, strips); ++s) {
-      const float* strip = right + s * strip_floats;
-      const int64_t columns = min_of(kCols, E - s * kCols);
-      if (columns == kCols && target.index == nullptr) {
-        multiply_strip(operand, count, strip, depth, add, target.row(first) + s * kCols, target.stride);
-        continue;
-      }
-      alignas(64) float tile[kTileRows * kCols];
-      multiply_strip(operand, count, strip, depth, false, tile, kCols);
-      for (int64_t r = 0; r < count; ++r) {
-        float* to = target.row(first + r) + s * kCols;
-        for (int64_t c = 0; c < columns; ++c) to[c] = add ? to[c] + tile[r * kCols + c] : tile[r * kCols + c];
-      }
+// tile = or += left strip, for a left operand whose depth is that of strips [first, last) of tokens, each of which has
+// its own place: element (r, token c of strip s) is left's (r, c), `next` elements further with every strip.
+template <Into kInto, int kRows, int kVectors, class Operand, class Work>
+ALWAYS_INLINE static void product_tokens_columns(const Strips& tokens, int64_t first, int64_t last, int64_t per_step,
+                                                 int64_t rows, Operand left, int64_t next, const float* strip,
+                                                 float* tile, Work& work) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) {
+    Operand from = left.rows_from(r);
+    const float* column = strip;
+    Vec sum[kRows][kVectors] = {};
+    for (int64_t s = first; s < last; ++s, from.data += next) {
+      const int64_t depth = tokens.lanes(s) / per_step;  // a multiple of 2: strips are whole vectors
+      work.step();
+      work.step();
+      for (int64_t d = 0; d < depth; d += 2, column += 2 * kCols)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          Vec vector[kVectors];
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) vector[v] = load_vec(column + i * kCols + v * kLanes);
+#pragma GCC unroll 16
+          for (int j = 0; j < kRows; ++j) {
+            const Vec row = from.at(j, d + i);
+#pragma GCC unroll 8
+            for (int v = 0; v < kVectors; ++v) sum[j][v] = Operand::multiply_add(row, vector[v], sum[j][v]);
+          }
+        }
     }
+#pragma GCC unroll 16
+    for (int j = 0; j < kRows; ++j)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        float* to = tile + (r + j) * kCols + v * kLanes;
+        store_vec(to, kInto == Into::kAdd ? load_vec(to) + sum[j][v] : sum[j][v]);
+      }
   }
+  if constexpr (kRows > 1)
+    if (r < rows)
+      product_tokens_columns<kInto, kRows / 2, kVectors>(tokens, first, last, per_step, rows - r, left.rows_from(r),
+                                                         next, strip, tile + r * kCols, work);
+}
+
+template <Into kInto, class Operand, class Work>
+__attribute__((noinline)) static void product_tokens(const Strips& tokens, int64_t first, int64_t last,
+                                                     int64_t per_step, int64_t rows, int64_t vectors, Operand left,
+                                                     int64_t next, const float* strip, float* tile, Work& caller_work) {
+  Work work = caller_work;
+  if (vectors == kProductVectors)
+    product_tokens_columns<kInto, product_rows(kProductVectors), kProductVectors>(tokens, first, last, per_step, rows,
+                                                                                  left, next, strip, tile, work);
+  else if (kProductVectors > 2 && vectors == 2)
+    product_tokens_columns<kInto, product_rows(2), 2>(tokens, first, last, per_step, rows, left, next, strip, tile,
+                                                      work);
+  else
+    product_tokens_columns<kInto, product_rows(1), 1>(tokens, first, last, per_step, rows, left, next, strip, tile,
+                                                      work);
+  caller_work = work;
+}
+
+// The same over as many strips as there are, kDepth steps at a time.
+template <class Operand, class Work>
+static void multiply_tokens(const Strips& tokens, int64_t first, int64_t last, int64_t per_step, int64_t rows,
+                            int64_t vectors, Operand left, int64_t next, const float* strip, float* tile, Work& work) {
+  constexpr int64_t kTogether = kDepth / kCols;
+  const int64_t together = kTogether * per_step;
+  for (int64_t s = first; s == first || s < last; s += together) {
+    const int64_t end = min_of(last, s + together);
+    Operand from = left;
+    from.data += (s - first) * next;
+    const float* column = strip + (tokens.begin(s) - tokens.begin(first)) / per_step * kCols;
+    if (s > first)
+      product_tokens<Into::kAdd>(tokens, s, end, per_step, rows, vectors, from, next, column, tile, work);
+    else
+      product_tokens<Into::kSet>(tokens, s, end, per_step, rows, vectors, from, next, column, tile, work);
+  }
+}
+
+// to (count) = or += from.
+static inline void add_row(const float* from, int64_t count, bool add, float* to) {
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes)
+    store_vec(to + c, add ? load_vec(to + c) + load_vec(from + c) : load_vec(from + c));
+  for (; c < count; ++c) to[c] = add ? to[c] + from[c] : from[c];
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA::loss

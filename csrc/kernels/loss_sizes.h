@@ -1,0 +1,157 @@
+// How a call of linear cross-entropy is divided, forward and backward, and a tile of the weight. All of it follows from
+// N, V and E, so that results do not depend on the number of threads.
+#pragma once
+
+#include "kernels/loss_tiles.h"
+
+namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
+
+// Strips of tokens packed at a time forward: at most 1,056 tokens, whose copy is at most 4 MiB (or one strip), a share
+// of the last-level cache.
+constexpr int64_t kMaxForwardStrips = 22;
+constexpr int64_t kPackBytes = 4 << 20;
+
+// Rows of the weight per tile are fewer than kTileRows where they would pass half a second-level cache.
+constexpr int64_t kWeightBytes = 512 << 10;
+
+// All the threads' private scratch; where the depth makes it larger, fewer threads work.
+constexpr int64_t kThreadBytes = 8 << 20;
+
+// Ranges of the vocabulary: tasks for many threads, statistics of at most 96 x 1,056 tokens (4 MiB).
+constexpr int64_t kMaxRanges = 96;
+constexpr int64_t kMinRangeRows = 4 * kTileRows;
+
+// Backward: classes in a block, strips of tokens in a chunk (2,112 tokens), and the gradient of their logits.
+constexpr int64_t kMaxClasses = 14 * kTileRows;
+constexpr int64_t kMaxBackwardStrips = 44;
+constexpr int64_t kGradientBytes = 4 << 20;
+constexpr int64_t kHiddenSumBytes = 32 << 20;
+
+template <class T>
+static int64_t fitting_strips(int64_t E, int64_t most, int64_t strips) {
+  const int64_t fitting = max_of(1, min_of(most, kPackBytes / (4 * max_of(strip_size<T>(E), 1))));
+  return max_of(1, ceil_div(strips, max_of(1, ceil_div(strips, fitting))));  // chunks of about the same size
+}
+
+template <class T>
+static int64_t forward_strips(int64_t E, int64_t strips) {
+  return fitting_strips<T>(E, kMaxForwardStrips, strips);
+}
+
+template <class T>
+static int64_t weight_rows(int64_t E) {
+  const int64_t bytes = sizeof(typename Operands<T>::Element) * max_of(E, 1);
+  const int64_t fitting = kWeightBytes / bytes / kProductRows * kProductRows;
+  return max_of(kProductRows, min_of(kTileRows, fitting));
+}
+
+// Of a copied row: not a power of two, or all rows would fall into the same few lines of a first-level cache.
+static inline int64_t weight_stride(int64_t E) { return round_up(E, 16) + 16; }
+
+static inline int team_size(int threads, int64_t floats_per_thread) {
+  const int64_t fitting = kThreadBytes / (4 * max_of(floats_per_thread, 1));
+  return static_cast<int>(max_of(1, min_of(threads, fitting)));
+}
+
+// The rows that count, in order.
+struct Counted {
+  Buffer<int64_t> rows;
+  int64_t count = 0, rows_of_call;
+
+  template <class Args>
+  Counted(const Args& a, const Classes& classes, int64_t N) : rows(N), rows_of_call(N) {
+    for (int64_t row = 0; row < N; ++row)
+      if (classes.counted(at<int64_t>(a.target, row))) rows[count++] = row;
+  }
+};
+
+// Products read rows of the weight where they lie if they are of the products' type, contiguous, and whole pairs.
+template <class T>
+static bool is_read_in_place(const LinearCrossEntropyArgs& a, const RowsOf<T>& weight) {
+  return sizeof(T) == sizeof(typename Operands<T>::Element) && weight.col_stride == 1 &&
+         (!Operands<T>::kPairs || a.weight.size[1] % 2 == 0);
+}
+
+// Floats that a thread needs for its copy of a tile's rows.
+template <class T>
+static int64_t copied_weight_floats(const LinearCrossEntropyArgs& a, const RowsOf<T>& weight, int64_t tile_rows) {
+  return is_read_in_place(a, weight) ? 0 : tile_rows * weight_stride(a.weight.size[1]);
+}
+
+// One tile's rows of the weight, with their bias and class weights.
+template <class T>
+struct WeightTile {
+  using Element = typename Operands<T>::Element;
+  const LinearCrossEntropyArgs& args;
+  const RowsOf<T>& weight;
+  Element* const copy;  // [kTileRows][weight_stride(E)]
+  typename Operands<T>::RowOperand rows;
+  int64_t first = 0, count = 0;
+  double class_weight_sum = 0.0;
+  float bias[kTileRows];
+  float class_weight[kTileRows];
+
+  WeightTile(const LinearCrossEntropyArgs& a, const RowsOf<T>& source, float* scratch)
+      : args(a), weight(source), copy(reinterpret_cast<Element*>(scratch)), rows{nullptr, 0} {}
+
+  void load(const Classes& classes, int64_t first_row, int64_t row_count) {
+    const int64_t E = args.weight.size[1], stride = weight_stride(E);
+    first = first_row, count = row_count;
+    if (is_read_in_place(args, weight)) {
+      rows = {reinterpret_cast<const Element*>(weight.row(first)), weight.row_stride};
+    } else {
+      for (int64_t r = 0; r < count; ++r) {
+        copy_row(weight.row(first + r), weight.col_stride, E, copy + r * stride);
+        copy[r * stride + E] = Element{};  // the other of a pair
+      }
+      rows = {copy, stride};
+    }
+    for (int64_t r = 0; args.bias.defined && r < count; ++r)
+      bias[r] = load_any(args.bias, (first + r) * args.bias.stride[0]);
+    class_weight_sum = classes.smoothing > 0.0f ? classes.copy(first, count, class_weight) : 0.0;
+  }
+
+  // The rows of the next tile, as far as they are one piece of memory.
+  Fetch fetch_next(int64_t tile_rows) const {
+    const int64_t E = args.weight.size[1], next = first + count, n = min_of(tile_rows, args.weight.size[0] - next);
+    if (n <= 0 || !is_read_in_place(args, weight) || weight.row_stride != E) return {};
+    return {reinterpret_cast<const char*>(weight.row(next)), 128, ceil_div(n * E * sizeof(T), 128)};
+  }
+
+  // tile[r * kCols + c] = logit of row first + r and token c of a packed strip of `lanes` tokens.
+  void logits(const float* strip, int64_t lanes, int64_t E, float* tile, Fetch& fetch) const {
+    multiply_strip(rows, count, lanes / kLanes, strip, Operands<T>::depth(E), tile, kCols, fetch);
+    for (int64_t r = 0; args.bias.defined && r < count; ++r)
+      for (int64_t lane = 0; lane < lanes; lane += kLanes)
+        store_vec(tile + r * kCols + lane, load_vec(tile + r * kCols + lane) + bias[r]);
+  }
+};
+
+// How the backward pass is divided.
+template <class T>
+struct BackwardSizes {
+  int64_t tile_rows;  // of the weight
+  int64_t strips;     // of tokens in a chunk
+  int64_t classes;    // in a block
+  int64_t group;      // strips of tokens whose 16-bit gradients are summed in one pass
+
+  static constexpr int64_t kElementBytes = sizeof(typename Operands<T>::Element);
+
+  static BackwardSizes of(int64_t tokens, int64_t E, int64_t V) {
+    const int64_t all = Strips(tokens).count;
+    BackwardSizes s;
+    s.tile_rows = weight_rows<T>(E);
+    s.strips = fitting_strips<T>(E, kMaxBackwardStrips, all);
+    const int64_t fitting =
+        min_of(kGradientBytes / (4 * kCols * s.strips), kPackBytes / (kElementBytes * max_of(E, 1)));
+    const int64_t tiles = max_of(1, min_of(kMaxClasses, fitting) / s.tile_rows);
+    s.classes = s.tile_rows * min_of(tiles, ceil_div(V, s.tile_rows));
+    s.group = max_of(1, kHiddenSumBytes / (4 * kCols * max_of(E, 1)) / s.strips) * s.strips;
+    return s;
+  }
+  // A strip of features, of a block's classes or a chunk's tokens.
+  int64_t weight_column_floats() const { return strip_size<T>(classes); }
+  int64_t token_column_floats() const { return strip_size<T>(strips * kCols); }
+};
+
+}  // namespace gpt4v_fast::GPT4V_FAST_ISA::loss
