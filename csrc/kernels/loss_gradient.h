@@ -12,7 +12,8 @@ struct TokenSlopes {
 
   void load(const LinearCrossEntropyArgs& a, const Classes& classes, const int64_t* rows, int64_t count) {
     for (int c = 0; c < kCols; ++c) {
-      p[c] = all[c] = lse[c] = lse_low[c] = 0.0f;
+      p[c] = all[c] = lse_low[c] = 0.0f;
+      lse[c] = 1e30f;  // probability 0, whatever the bias
       row[c] = label[c] = -1;
       if (c >= count) continue;
       const Slopes slopes(a, classes, rows[c]);
