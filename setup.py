@@ -101,8 +101,8 @@ class NinjaBuildExt(build_ext):
         ninja.rule("cxx", f"{shlex.join(cxx)} $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
         ninja.rule("link", f"{shlex.join(cxx)} -shared $in -o $out $flags")
         objects = []
-        for source in ("bindings", "dispatch"):
-            unit = [*flags, *(python_flags if source == "bindings" else [])]
+        for source in ("bindings", "bindings_attention", "dispatch"):
+            unit = [*flags, *(python_flags if source.startswith("bindings") else [])]
             target = build_dir / f"{source}.o"
             objects.append(ninja.build(target, "cxx", [CSRC / f"{source}.cpp"], flags=shlex.join(unit)))
         for isa in isas:

@@ -1,4 +1,7 @@
-"""The bridge to the C++ extension: tensors as (pointer, dtype, sizes, strides), threads as torch has them."""
+"""The bridge to the C++ extension: how it reads torch's tensors, threads as torch has them.
+
+The extension takes tensors themselves, or what `view` makes of them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,14 @@ except ImportError as error:  # pragma: no cover - shown to people who run from 
     raise ImportError(
         "gpt4v_fast._C, the compiled part of the package, is missing or was built for another Python. "
         "Run `pip install .` (or `pip install -e .` to develop) in the source folder."
+    ) from error
+
+try:
+    _C.read_tensors_of(torch.Tensor, torch.nn.Parameter, torch.Tensor.__dlpack_c_exchange_api__)
+except AttributeError as error:  # pragma: no cover - an old build in a source tree, or a torch older than 2.11
+    raise ImportError(
+        "gpt4v_fast._C was built from other sources than these (run `pip install .` again), or torch is too old: "
+        f"{error}"
     ) from error
 
 # The order is that of DType in csrc/args.h.
@@ -29,7 +40,7 @@ TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
 def view(tensor: torch.Tensor | None) -> TensorView | None:
-    """What the extension takes for a tensor. The caller keeps the tensor alive for the length of the call."""
+    """A tensor in numbers. The caller keeps the tensor alive for the length of the call."""
     if tensor is None:
         return None
     return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
@@ -41,7 +52,8 @@ def threads() -> int:
 
 def last_dim_contiguous(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself where its last dimension is contiguous, else a contiguous copy."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+    usual = tensor.is_contiguous() or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    return tensor if usual else tensor.contiguous()
 
 
 __all__ = ["DTYPE_CODES", "_C", "TensorView", "last_dim_contiguous", "threads", "view"]

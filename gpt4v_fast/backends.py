@@ -68,7 +68,7 @@ class _Kernel:
 class _Settings:
     backend: str | None = None
     strict: bool = False
-    cache: dict[tuple[Request, str | None, str], Choice] = field(default_factory=dict)
+    cache: dict[tuple[Any, str | None, str], Choice] = field(default_factory=dict)
 
 
 def _setting_from_environment(name: str, allowed: tuple[str, ...]) -> str | None:
@@ -151,13 +151,18 @@ def _pick(request: Request, forced: str | None) -> Choice:
 
 def pick(request: Request) -> Choice:
     """The kernel that serves `request`; in strict mode raises FallbackError where that would be the oracle."""
-    key = (request, _settings.backend, _C.isa())
-    choice = _settings.cache.get(key)
+    return pick_by(request, lambda: request)
+
+
+def pick_by(key: Any, describe: Callable[[], Request]) -> Choice:
+    """`pick(describe())` for calls so small that describing each would take long: `key` determines the request."""
+    settled = (key, _settings.backend, _C.isa())
+    choice = _settings.cache.get(settled)
     if choice is None:
-        choice = _settings.cache[key] = _pick(request, _settings.backend)
+        choice = _settings.cache[settled] = _pick(describe(), _settings.backend)
     if choice.is_fallback and _strict.get():
         reasons = "; ".join(f"not {name}: {why}" for name, why in choice.rejected) or "no kernel is registered"
-        raise FallbackError(f"{request.op} would run on its slow reference, and strict mode is on: {reasons}")
+        raise FallbackError(f"{choice.op} would run on its slow reference, and strict mode is on: {reasons}")
     return choice
 
 

@@ -20,6 +20,9 @@ class MaskTensors(NamedTuple):
     key_lengths: torch.Tensor | None
 
 
+_NO_IDS = MaskTensors(None, None, None, None, None)
+
+
 @dataclass(frozen=True, eq=False)
 class Mask:
     """Who sees whom. Query i (of S) may see key j (of T) when all of these hold:
@@ -70,6 +73,8 @@ class Mask:
 
     def resolve(self, B: int, S: int, T: int, device: torch.device) -> MaskTensors:
         """The mask's ids, checked against one call's sizes and device."""
+        if self.documents is None and self.image_blocks is None and self.key_lengths is None:
+            return _NO_IDS
         query_documents, key_documents = _pair("documents", self.documents, B, S, T, device)
         query_images, key_images = _pair("image_blocks", self.image_blocks, B, S, T, device)
         lengths = self.key_lengths
@@ -160,7 +165,7 @@ def _check_place(name: str, ids: torch.Tensor, shape: tuple[int, ...], device: t
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(ids.shape)}")
     if ids.device != device and ids.device.type != device.type:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {ids.device}")
-    return ids.to(torch.int32)
+    return ids if ids.dtype == torch.int32 else ids.to(torch.int32)
 
 
 def _pair(

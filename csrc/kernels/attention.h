@@ -25,7 +25,22 @@ static void attention_forward_any(const AttentionArgs& a, int threads) {
   if (decoding < sequence_count(a)) attention_forward_as<T>(a, threads);
 }
 
+// Work of fewer multiply-adds than this is done by the calling thread: a team of two cost 20 us to wake, and this takes
+// half of that at the rate of a decoding step from memory, a tenth at that of a matrix product.
+constexpr int64_t kTeamWork = 1 << 17;
+
+// For `products` of the queries with the keys of their sequences.
+static int team_of(const AttentionArgs& a, int products, int threads) {
+  int64_t pairs = 0;
+  for (int64_t b = 0; b < sequence_count(a); ++b) {
+    const Sequence sequence = sequence_at(a, b);
+    pairs += a.q.size[1] * sequence.S * sequence.visible_keys;
+  }
+  return pairs * products * max_of(a.q.size[3], a.v.size[3]) < kTeamWork ? 1 : threads;
+}
+
 static void attention_forward(const AttentionArgs& a, int threads) {
+  threads = team_of(a, 2, threads);
   switch (a.q.dtype) {
     case DType::kBFloat16:
       return attention_forward_any<bfloat16>(a, threads);
@@ -37,6 +52,7 @@ static void attention_forward(const AttentionArgs& a, int threads) {
 }
 
 static void attention_backward(const AttentionArgs& a, int threads) {
+  threads = team_of(a, 5, threads);
   switch (a.q.dtype) {
     case DType::kBFloat16:
       return attention_backward_as<bfloat16>(a, threads);

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gpt4v_fast import backends, reference
-from gpt4v_fast._native import _C, last_dim_contiguous, threads, view
+from gpt4v_fast._native import _C, last_dim_contiguous, threads
 from gpt4v_fast.masks import Mask, MaskTensors
 from gpt4v_fast.ops import checks, library
 
@@ -25,6 +25,9 @@ _OPTIONS = (
     "Tensor? query_images, Tensor? key_images, Tensor? key_lengths, Tensor? offsets, Tensor? seed, bool causal, "
     "bool bottom_right, int window_left, int window_right, float scale, float softcap, float dropout_p"
 )
+
+
+_NO_MASK = Mask()
 
 
 class AttentionOptions(NamedTuple):
@@ -67,6 +70,22 @@ class AttentionOptions(NamedTuple):
         if self.offsets is not None:
             return self.offsets
         return T - S if self.bottom_right else 0
+
+    def kind(self) -> tuple[Any, ...]:
+        """What decides `features`."""
+        return (
+            None if self.bias is None else self.bias.dtype,
+            self.alibi_slopes is None,
+            self.sinks is None,
+            self.query_documents is None,
+            self.query_images is None,
+            self.key_lengths is None,
+            self.offsets is None,
+            self.causal,
+            self.window_left >= 0 or self.window_right >= 0,
+            self.softcap > 0,
+            self.dropout_p > 0,
+        )
 
     def features(self) -> set[str]:
         found = set()
@@ -141,8 +160,7 @@ def attention(
     Source: FlashAttention-2 (Dao 2023), algorithms 1 and 2; sinks and softcap as in gpt-oss and Gemma 2.
     """
     arguments = prepare(q, k, v, mask, scale, softcap, bias, alibi_slopes, sinks, dropout_p)
-    is_plain = q.is_cpu and library.is_plain_call(q, k, v, bias, sinks)
-    out, lse = _attention(*arguments) if is_plain else _attention_op(*arguments)
+    out, lse = _attention_op(*arguments)
     return (out, lse) if return_lse else out
 
 
@@ -160,14 +178,15 @@ def prepare(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     """Checks `attention`'s arguments and returns those of the torch op."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.check_tensor(name, tensor, ndim=4)
-    q, k, v = library.autocast(q, k, v)
-    check_qkv(q, k, v)
+    if not library.attention_tensors_fit(q, k, v, ndim=4, heads=1) or q.shape[0] != k.shape[0]:
+        for name, tensor in (("q", q), ("k", k), ("v", v)):
+            checks.check_tensor(name, tensor, ndim=4)
+        q, k, v = library.autocast(q, k, v)
+        check_qkv(q, k, v)
     B, H, S, D = q.shape
     T = k.shape[2]
     if mask is None:
-        mask = Mask()
+        mask = _NO_MASK
     elif not isinstance(mask, Mask):
         raise TypeError(f"mask: expected a gpt4v_fast.Mask (dense masks go to bias), got {type(mask).__name__}")
     left, right = mask.window or (None, None)
@@ -257,6 +276,20 @@ def describe(
     return backends.Request(op, q.device.type, q.dtype, frozenset(features))
 
 
+def pick_backend(
+    q: torch.Tensor,
+    options: AttentionOptions,
+    sizes: tuple[int, int, int],
+    describe: Callable[[], backends.Request],
+    op: str = "attention",
+) -> str:
+    """The backend that `backends.pick(describe())` chooses; `sizes` are Hkv, D and Dv, and q's heads come second."""
+    Hkv, D, Dv = sizes
+    is_large = D > TRITON_MAX_HEAD_DIM or Dv > TRITON_MAX_HEAD_DIM
+    key = (op, q.device, q.dtype, q.shape[1] == Hkv, is_large, options.kind())
+    return backends.pick_by(key, describe).backend
+
+
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
     q, k, v, *options = prepare(*args, **kwargs)
     return describe(q, k, v, AttentionOptions(*options))
@@ -280,12 +313,13 @@ def run_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions, op: str = "attention"
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Asks `backends.pick` for a kernel and runs it."""
-    B, H, S, _ = q.shape
-    backend = backends.pick(describe(q, k, v, options, op)).backend
+    B, H, S, D = q.shape
+    Dv = v.shape[3]
+    backend = pick_backend(q, options, (k.shape[1], D, Dv), lambda: describe(q, k, v, options, op), op)
     if backend == "cpu":
-        q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
-        out = q.new_empty((B, H, S, v.shape[3]))
+        out = q.new_empty((B, H, S, Dv))
         lse = q.new_empty((B, H, S), dtype=torch.float32)
+        q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
         call_native(_C.attention_forward, q, k, v, options, out, lse)
         return out, lse
     if backend == "triton":
@@ -309,7 +343,8 @@ def _attention_backward(
     *values, needs_dbias = rest
     options = AttentionOptions(*values)
     bias, sinks = options.bias, options.sinks
-    backend = backends.pick(describe(q, k, v, options)).backend
+    sizes = k.shape[1], q.shape[3], v.shape[3]
+    backend = pick_backend(q, options, sizes, lambda: describe(q, k, v, options))
     if backend == "cpu":
         q, k, v, dout = (last_dim_contiguous(x) for x in (q, k, v, dout))
         dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
@@ -369,34 +404,25 @@ def call_native(
     block_table: torch.Tensor | None = None,
 ) -> None:
     """Calls `_C.attention_forward` or `_C.attention_backward`; `gradients` are the latter's further tensors."""
-    B = q.shape[0] if cu_seqlens[0] is None else cu_seqlens[0].shape[0] - 1
-    H, S, T = q.shape[1], q.shape[2], k.shape[2]
-    bias, slopes, sinks = options.bias, options.alibi_slopes, options.sinks
-    # Kept in a local: a tensor converted here must live as long as the call.
-    tensors = [
+    sinks = options.sinks
+    if sinks is not None and sinks.dtype != torch.float32:
+        sinks = sinks.float()
+    paged = () if function is _C.attention_backward else (block_table,)
+    function(
         q,
         k,
         v,
-        None if bias is None else bias.expand(B, H, S, T),
-        None if slopes is None else slopes.expand(B, H),
-        None if sinks is None else sinks.float(),
-        *options.ids,
-        options.offsets,
+        options.bias,
+        options.alibi_slopes,
+        sinks,
+        *options[3:9],  # ids, key lengths and offsets
         *cu_seqlens,
-    ]
-    if function is _C.attention_forward:
-        tensors.append(block_table)
-    function(
-        *[None if x is None else view(x) for x in tensors],
-        options.causal,
-        options.bottom_right,
-        options.window_left,
-        options.window_right,
-        options.scale,
-        options.softcap,
-        options.dropout_p,
+        *paged,
+        *options[10:],  # numbers
         options.dropout_seed,
-        *(view(x) for x in (out, lse, *gradients)),
+        out,
+        lse,
+        *gradients,
         threads(),
     )
 

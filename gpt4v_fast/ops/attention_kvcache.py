@@ -142,7 +142,7 @@ def prepare(
         q,
         k_cache,
         v_cache,
-        cache_lengths.to(torch.int32),
+        checks.as_int32(cache_lengths),
         k,
         v,
         block_table,

@@ -19,6 +19,7 @@ from gpt4v_fast.ops.attention import (
     check_sinks,
     describe,
     draw_seed,
+    pick_backend,
     reference_backward,
 )
 
@@ -91,26 +92,10 @@ def prepare(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     """Checks `attention_varlen`'s arguments and returns those of the torch op."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.check_tensor(name, tensor, ndim=3)
-    q, k, v = library.autocast(q, k, v)
-    checks.check_like("k", k, "q", q)
-    checks.check_like("v", v, "q", q)
+    if not (library.attention_tensors_fit(q, k, v, ndim=3, heads=1) and _C.do_starts_fit(cu_seqlens_q, cu_seqlens_k)):
+        q, k, v = _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _, H, D = q.shape
-    Nk, Hkv, _ = k.shape
-    if Hkv == 0 or H % Hkv:
-        raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hkv}")
-    checks.check_shape("k", k, (Nk, Hkv, D), "(Nk, Hkv, D)")
-    checks.check_shape("v", v, (Nk, Hkv, v.shape[2]), "(Nk, Hkv, Dv)")
-    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        checks.check_tensor(name, starts, ndim=1, dtypes=(torch.int32, torch.int64))
-        checks.check_device(name, starts, "q", q)
-        if starts.shape[0] < 1:
-            raise ValueError(f"{name}: expected shape (sequences + 1,), got (0,)")
-    checks.check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "of cu_seqlens_q")
-    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
-        if longest is not None and longest < 0:
-            raise ValueError(f"{name}: expected None or a length >= 0, got {longest}")
+    limit_q, limit_k = _check_longest("max_seqlen_q", max_seqlen_q), _check_longest("max_seqlen_k", max_seqlen_k)
     if align not in ("bottom_right", "top_left"):
         raise ValueError(f'align: expected "bottom_right" or "top_left", got {align!r}')
     check_window(window)
@@ -135,12 +120,46 @@ def prepare(
         softcap=checks.check_softcap(softcap),
         dropout_p=dropout_p,
     )
-    limits = [-1 if x is None else x for x in (max_seqlen_q, max_seqlen_k)]
-    return (q, k, v, cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), *limits, *options)
+    return (q, k, v, checks.as_int32(cu_seqlens_q), checks.as_int32(cu_seqlens_k), limit_q, limit_k, *options)
 
 
-def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> list[int]:
-    """The starts as numbers; raises unless they begin at 0, do not decrease and end within the rows."""
+def _check_longest(name: str, longest: int | None) -> int:
+    """The limit as the op takes it: -1 for none."""
+    if longest is None:
+        return -1
+    if longest < 0:
+        raise ValueError(f"{name}: expected None or a length >= 0, got {longest}")
+    return longest
+
+
+def _check_tensors(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kinds, dtypes, devices and shapes; q, k and v come back in autocast's dtype where autocast is on."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        checks.check_tensor(name, tensor, ndim=3)
+    q, k, v = library.autocast(q, k, v)
+    checks.check_like("k", k, "q", q)
+    checks.check_like("v", v, "q", q)
+    _, H, D = q.shape
+    Nk, Hkv, _ = k.shape
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"k: expected a number of heads that divides q's {H}, got {Hkv}")
+    checks.check_shape("k", k, (Nk, Hkv, D), "(Nk, Hkv, D)")
+    checks.check_shape("v", v, (Nk, Hkv, v.shape[2]), "(Nk, Hkv, Dv)")
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        checks.check_tensor(name, starts, ndim=1, dtypes=(torch.int32, torch.int64))
+        checks.check_device(name, starts, "q", q)
+        if starts.shape[0] < 1:
+            raise ValueError(f"{name}: expected shape (sequences + 1,), got (0,)")
+    checks.check_shape("cu_seqlens_k", cu_seqlens_k, tuple(cu_seqlens_q.shape), "of cu_seqlens_q")
+    return q, k, v
+
+
+def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> int:
+    """The last start; raises unless they begin at 0, do not decrease and end within the rows."""
+    if starts.is_cpu and (end := _C.end_of_starts(starts, rows, longest)) >= 0:
+        return end
     numbers = starts.tolist()
     if numbers[0] != 0:
         raise ValueError(f"{name}: expected the first element to be 0, got {numbers[0]}")
@@ -156,7 +175,12 @@ def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> l
             )
     if numbers[-1] > rows:
         raise ValueError(f"{name}: expected an end within the {rows} rows, got {numbers[-1]}")
-    return numbers
+    return numbers[-1]
+
+
+def _pick_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> str:
+    sizes = k.shape[1], q.shape[2], v.shape[2]
+    return pick_backend(q, options, sizes, lambda: _describe(q, k, v, options), op="attention_varlen")
 
 
 def _describe(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> backends.Request:
@@ -173,11 +197,6 @@ backends.register_kernel("attention_varlen", "cpu", "_C.attention (varlen)")
 backends.register_explainer(attention_varlen, _request)
 
 
-def _heads_first(x: torch.Tensor) -> torch.Tensor:
-    """(N, H, D) as the kernel's (1, H, N, D), without a copy where the last dimension is contiguous."""
-    return last_dim_contiguous(x).transpose(0, 1)[None]
-
-
 def _attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -190,16 +209,16 @@ def _attention_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = AttentionOptions(*rest)
     Nq, H, _ = q.shape
-    starts_q = _check_starts("cu_seqlens_q", cu_seqlens_q, Nq, max_seqlen_q)
+    end = _check_starts("cu_seqlens_q", cu_seqlens_q, Nq, max_seqlen_q)
     _check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
-    if backends.pick(_describe(q, k, v, options)).backend == "cpu":
-        out = q.new_empty(Nq, H, v.shape[2])
-        lse = q.new_empty(H, Nq, dtype=torch.float32)
-        out[starts_q[-1] :] = 0
-        lse[:, starts_q[-1] :] = -torch.inf
-        q, k, v = (_heads_first(x) for x in (q, k, v))
-        starts = (cu_seqlens_q, cu_seqlens_k)
-        call_native(_C.attention_forward, q, k, v, options, out.transpose(0, 1)[None], lse[None], cu_seqlens=starts)
+    if _pick_backend(q, k, v, options) == "cpu":
+        out = q.new_empty((Nq, H, v.shape[2]))
+        lse = q.new_empty((H, Nq), dtype=torch.float32)
+        if end < Nq:
+            out[end:] = 0
+            lse[:, end:] = -torch.inf
+        q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+        call_native(_C.attention_forward, q, k, v, options, out, lse, cu_seqlens=(cu_seqlens_q, cu_seqlens_k))
         return out, lse
     out, lse = _run_reference(q.float(), k.float(), v.float(), options, cu_seqlens_q, cu_seqlens_k)
     return out.to(q.dtype), lse
@@ -218,16 +237,14 @@ def _attention_varlen_backward(
     *rest: Any,
 ) -> tuple[torch.Tensor, ...]:
     options = AttentionOptions(*rest)
-    if backends.pick(_describe(q, k, v, options)).backend == "cpu":
+    if _pick_backend(q, k, v, options) == "cpu":
         # Zeros, not empty: rows in no sequence are not written.
         dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (q, k, v))
         sinks = options.sinks
         dsinks = torch.zeros(sinks.shape, dtype=torch.float32) if sinks is not None else None
-        q, k, v, dout, out = (_heads_first(x) for x in (q, k, v, dout, out))
-        gradients = [x.transpose(0, 1)[None] for x in (dq, dk, dv)]
+        q, k, v, dout, out = (last_dim_contiguous(x) for x in (q, k, v, dout, out))
         call_native(
-            _C.attention_backward, q, k, v, options, out, lse[None],
-            dout, None if dlse is None else dlse[None], *gradients, None, dsinks,
+            _C.attention_backward, q, k, v, options, out, lse, dout, dlse, dq, dk, dv, None, dsinks,
             cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
         )  # fmt: skip
         dsinks = dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else dq.new_empty(0)

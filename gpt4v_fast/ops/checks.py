@@ -68,3 +68,11 @@ def check_probability(name: str, p: float) -> float:
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
     return float(p)
+
+
+def as_int32(numbers: torch.Tensor) -> torch.Tensor:
+    """int32 of int32 or int64 numbers; too large ones become the largest, which no check of a length accepts."""
+    if numbers.dtype == torch.int32:
+        return numbers
+    limits = torch.iinfo(torch.int32)
+    return numbers.clamp(limits.min, limits.max).to(torch.int32)

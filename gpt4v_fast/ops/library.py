@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from gpt4v_fast._native import _C
+
 NAMESPACE = "gpt4v_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -23,9 +25,11 @@ def define_op(
 ) -> Callable[..., Any]:
     """Registers `gpt4v_fast::<schema>` and returns the callable op.
 
-    Where a gradient is wanted what it returns goes through a torch.autograd.Function: under torch.func's transforms
-    (grad, vjp, jacrev, vmap, ...), which ops of `torch.library.register_autograd` do not serve, and in eager mode,
-    where that takes several times as long. Tracers see the op. vmap calls it once per element.
+    What it returns calls the op where somebody traces or watches. Plain CPU tensors in eager mode go to
+    `implementation` at once, because the dispatcher would add nothing but its time, which is that of a small attention.
+    Where a gradient is wanted that, or the op, is called within a torch.autograd.Function: under torch.func's
+    transforms (grad, vjp, jacrev, vmap, ...), which ops of `torch.library.register_autograd` do not serve, and in eager
+    mode, where that takes several times as long. vmap calls the op once per element.
 
     Args:
         schema: the op's name and signature in torch's schema language.
@@ -42,12 +46,66 @@ def define_op(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name)
     if gradient_of is not None:
-        return _with_function(name, op, _save_nothing, _refusal(gradient_of), differentiable=False)
+        refuse = _refusal(gradient_of)
+        watched = _with_function(name, op, _save_nothing, refuse, differentiable=False)
+        return _plain_first(name, implementation, watched, _save_nothing, refuse)
     if backward is None:
-        return op
+        return _plain_first(name, implementation, op, None, None)
     setup_context = setup_context or _save_nothing
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
-    return _with_function(name, op, setup_context, backward, differentiable=True)
+    watched = _with_function(name, op, setup_context, backward, differentiable=True)
+    return _plain_first(name, implementation, watched, setup_context, backward)
+
+
+_NOT_PLAIN, _PLAIN, _PLAIN_WITH_GRADIENT = range(3)  # as in csrc/bindings.cpp
+
+
+def _plain_first(
+    name: str,
+    implementation: Callable[..., Any],
+    watched: Callable[..., Any],
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """`implementation`, as an autograd.Function where a gradient is wanted, and `watched` where either won't do."""
+    apply: Any = None
+    if setup_context is not None and backward is not None:
+        save = setup_context
+
+        # Not by a setup_context of the Function's own: torch would inspect the signature of forward in every call.
+        def forward(ctx: Any, *args: Any) -> Any:
+            output = implementation(*args)
+            save(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        function: Any = type(name, (torch.autograd.Function,), methods)
+        # What Function.apply goes on to once it has looked for transforms, of which there are none here.
+        apply = super(torch.autograd.Function, function).apply
+
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched():
+            return watched(*args)
+        kind = _C.plain_arguments(args)
+        if kind == _PLAIN or (kind == _PLAIN_WITH_GRADIENT and not torch.is_grad_enabled()):
+            return implementation(*args)
+        if kind == _PLAIN_WITH_GRADIENT and apply is not None:
+            return apply(*args)
+        return watched(*args)
+
+    return call
+
+
+def _is_watched() -> bool:
+    """Whether somebody traces, transforms or watches calls, in ways that the dispatcher serves."""
+    return bool(
+        torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch.autograd._profiler_enabled()
+    )
 
 
 def _with_function(
@@ -106,20 +164,15 @@ def _is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
 
 
-def is_plain_call(*tensors: torch.Tensor | None) -> bool:
-    """Whether an op's implementation may be called by itself: nobody differentiates, traces, transforms or watches it.
+def attention_tensors_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ndim: int, heads: int) -> bool:
+    """A quick yes for what is right, and usual: plain CPU tensors of one float dtype, outside of autocast and tracing.
 
-    The dispatcher then adds nothing but its time, which is that of a small attention.
+    q and k have the same last dimension, k and v all but the last; k's number of heads, dimension `heads`, divides q's.
+    After a no the caller's own checks find what is wrong, if anything is, and the words for it.
     """
-    if torch.compiler.is_compiling() or _transforms_active() or _is_traced() or torch._C._len_torch_function_stack():
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.autograd.forward_ad._current_level >= 0 or torch.autograd._profiler_enabled():
-        return False
-    recorded = torch.is_grad_enabled()
-    return all(
-        x is None or (type(x) in (torch.Tensor, torch.nn.Parameter) and not (recorded and x.requires_grad))
-        for x in tensors
-    )
+    return _C.do_attention_tensors_fit(q, k, v, ndim, heads)
 
 
 def _needs_gradient(x: Any) -> bool:

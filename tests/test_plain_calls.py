@@ -1,0 +1,154 @@
+"""Calls on plain CPU tensors skip the dispatcher: what may not change by that, and how the extension reads tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import BF16, FP16, FP32, ISAS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import gpt4v_fast as gf
+from gpt4v_fast import _native, reference
+from gpt4v_fast._native import _C
+from gpt4v_fast.ops import library
+
+
+def small(dtype: torch.dtype = FP32, gradient: bool = False) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(1, 4, 16, 32, generator=generator).to(dtype).requires_grad_(gradient) for _ in "qkv"]
+
+
+def test_what_is_forced_later_is_honoured(monkeypatch):
+    calls = []
+    core = reference.attention_core
+    monkeypatch.setattr(reference, "attention_core", lambda *a, **k: calls.append(1) or core(*a, **k))
+    q, k, v = small()
+    fast = gf.attention(q, k, v)
+    assert not calls
+    with gf.force(backend="reference"):
+        gf.attention(q, k, v)
+    assert len(calls) == 1
+    assert torch.equal(gf.attention(q, k, v), fast) and len(calls) == 1
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_profiler_still_sees_the_op(gradient):
+    tensors = small(gradient=gradient)
+    with torch.autograd.profiler.profile() as profile:
+        gf.attention(*tensors)
+    assert "gpt4v_fast::attention" in {event.name for event in profile.function_events}
+
+
+def test_a_dispatch_mode_still_sees_the_op():
+    seen = []
+
+    class Log(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Log():
+        gf.attention(*small())
+    assert torch.ops.gpt4v_fast.attention.default in seen
+
+
+def test_a_subclass_is_served_by_the_op():
+    class Named(torch.Tensor):
+        pass
+
+    q, k, v = small()
+    out = gf.attention(*(x.as_subclass(Named) for x in (q, k, v)))
+    assert torch.equal(out.as_subclass(torch.Tensor), gf.attention(q, k, v))
+
+
+def test_parameters_are_plain_and_get_gradients():
+    leaves = [torch.nn.Parameter(x) for x in small()]
+    assert _C.plain_arguments(tuple(leaves)) == library._PLAIN_WITH_GRADIENT
+    grads = torch.autograd.grad(gf.attention(*leaves).sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(
+        grads, torch.autograd.grad(torch.ops.gpt4v_fast.attention(*prepared(leaves))[0].sum(), leaves), strict=True
+    ))  # fmt: skip
+
+
+def prepared(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
+    from gpt4v_fast.ops.attention import prepare
+
+    return prepare(*tensors)
+
+
+def test_an_input_changed_before_the_backward_is_refused():
+    q, k, v = small(gradient=True)
+    out = gf.attention(q, k, v)
+    with torch.no_grad():
+        k.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_what_is_not_plain():
+    x = torch.ones(2)
+    assert _C.plain_arguments((x, None, 1, 2.0, True, "name")) == library._PLAIN
+    assert _C.plain_arguments((x, x.clone().requires_grad_())) == library._PLAIN_WITH_GRADIENT
+    for other in (x.to("meta"), x.to_sparse(), x.double(), x.as_subclass(type("Own", (torch.Tensor,), {})), [x]):
+        assert _C.plain_arguments((x, other)) == library._NOT_PLAIN
+
+
+@pytest.mark.parametrize("dtype", [*_native.DTYPE_CODES])
+def test_a_tensor_is_read_as_what_its_attributes_say(dtype):
+    """The binding's error quotes what it read."""
+    x = torch.zeros(3, 10, dtype=dtype)[1:, 2::3]
+    messages = []
+    for argument in (x, _native.view(x)):
+        with pytest.raises(ValueError, match="data: expected 1 dimensions, got \\(2, 3\\)") as error:
+            _C.peak_read(argument, 1, 0.001)
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+    flat = x[:, 1]
+    for argument in (flat, _native.view(flat)):
+        expected = "data: expected at least" if dtype == FP32 else "data: unexpected dtype code"
+        with pytest.raises(ValueError, match=expected) as error:
+            _C.peak_read(argument, 1, 0.001)
+        messages.append(str(error.value))
+    assert messages[2] == messages[3]
+
+
+def test_a_tensor_that_the_extension_cannot_read_is_refused():
+    for x in (torch.ones(2, device="meta"), torch.ones(2, dtype=torch.float64), torch.ones(1, 1, 1, 1, 1, 1, 1)):
+        with pytest.raises((TypeError, RuntimeError)):
+            _C.peak_read(x, 1, 0.001)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
+def test_calls_too_small_for_a_team_have_the_same_bits_for_any_number_of_threads(dtype, isa):
+    """Work that one thread does alone, on either side of the limit, forward and backward."""
+    before, results = torch.get_num_threads(), []
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(1, 4, S, 32) for S in (1, 16, 17, 40)]
+    tensors = [[torch.randn(shape, generator=generator).to(dtype) for _ in "qkv"] for shape in shapes]
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            with gf.force(isa=isa):
+                found = []
+                for qkv in tensors:
+                    leaves = [x.clone().requires_grad_() for x in qkv]
+                    out = gf.attention(*leaves, mask=gf.Mask(causal=True))
+                    found += [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+            results.append(found)
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_numbers_over_int32_are_refused_and_not_wrapped():
+    q = torch.randn(3, 1, 8)
+    starts = torch.tensor([0, 2**32 + 3])
+    with pytest.raises(ValueError, match="cu_seqlens_q: expected an end within the 3 rows"):
+        gf.attention_varlen(q, q, q, starts, starts)
+    cache = torch.zeros(1, 4, 1, 8)
+    with pytest.raises(ValueError, match="cache_lengths: expected entry 0 in"):
+        gf.attention_kvcache(q[None, :1], cache, cache, torch.tensor([2**32]))
