@@ -63,6 +63,28 @@ struct AttentionArgs {
   View dsinks;  // (H) fp32 or absent
 };
 
+// One call of attention against a key/value cache: rotate, append, attend.
+struct KvCacheArgs {
+  View q;              // (B, S, H, D)
+  View k_cache;        // (B, Tmax, Hkv, D), or with block_table (pages, page, Hkv, D); v_cache likewise with Dv
+  View v_cache;        // both written where k is given
+  View cache_lengths;  // (B) int32, tokens before k and v
+  View k, v;           // (B, Snew, Hkv, D) and (B, Snew, Hkv, Dv), or absent
+  View block_table;    // (B, entries) int32, or absent
+  View rotary_cos;     // (positions, R / 2) any float, or absent; rotary_sin likewise
+  View rotary_sin;
+  View sinks;  // (H) fp32, or absent
+  bool rotary_interleaved;
+  bool causal;
+  int64_t window_left;   // -1: unbounded
+  int64_t window_right;  // -1: unbounded
+  float scale;
+  float softcap;  // 0: none
+
+  View out;  // (B, S, H, Dv), q's dtype
+  View lse;  // (B, H, S) fp32
+};
+
 // The most rows of a key head (query heads that share it times S) that kernels/attention_decode.h takes, and with it
 // the most that a paged call may have.
 constexpr int64_t kDecodeRows = 16;

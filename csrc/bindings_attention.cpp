@@ -1,6 +1,9 @@
 // Attention's part of the bindings.
 #include <pybind11/pybind11.h>
 
+#include <array>
+#include <vector>
+
 #include "binding_checks.h"
 #include "bindings.h"
 #include "dispatch.h"
@@ -22,28 +25,11 @@ void check_attention(const AttentionArgs& a, int threads) {
   const bool varlen = a.cu_seqlens_q.defined;
   if (varlen != a.cu_seqlens_k.defined) throw std::invalid_argument("cu_seqlens_q and cu_seqlens_k: expected both");
   const int64_t H = a.q.size[1], S = a.q.size[2], D = a.q.size[3];
-  const bool paged = a.block_table.defined;
-  const int64_t Hkv = a.k.size[1], Dv = a.v.size[3];
-  const int64_t T = paged ? a.block_table.size[1] * a.k.size[2] : a.k.size[2];
+  const int64_t Hkv = a.k.size[1], T = a.k.size[2], Dv = a.v.size[3];
   const int64_t B = varlen ? a.cu_seqlens_q.size[0] - 1 : a.q.size[0];
   if (Hkv < 1 || H % Hkv != 0) throw std::invalid_argument("k: expected a number of heads that divides q's");
-  if (paged) {
-    check_shape("k", a.k, {a.k.size[0], Hkv, a.k.size[2], D});
-    check_shape("v", a.v, {a.k.size[0], Hkv, a.k.size[2], Dv});
-    check_shape("block_table", a.block_table, {B, a.block_table.size[1]});
-    if (varlen || !a.key_lengths.defined) throw std::invalid_argument("block_table: expected key_lengths with it");
-    if (H / Hkv * S > kDecodeRows)
-      throw std::invalid_argument("q: expected at most " + std::to_string(kDecodeRows) +
-                                  " rows per key head with a block_table, got " + std::to_string(H / Hkv * S));
-    for (const View* rows : {&a.q, &a.k, &a.v})
-      if (rows->size[3] > 1 && rows->stride[3] != 1)
-        throw std::invalid_argument("q, k and v: expected contiguous rows with a block_table");
-    if (a.k.size[0] * a.k.size[2] == 0 && a.block_table.size[1] > 0)
-      throw std::invalid_argument("k: expected pages with a block_table, got none");
-  } else {
-    check_shape("k", a.k, {a.q.size[0], Hkv, T, D});
-    check_shape("v", a.v, {a.q.size[0], Hkv, T, Dv});
-  }
+  check_shape("k", a.k, {a.q.size[0], Hkv, T, D});
+  check_shape("v", a.v, {a.q.size[0], Hkv, T, Dv});
   check_shape("bias", a.bias, {B, H, S, T});
   check_shape("alibi_slopes", a.alibi_slopes, {B, H});
   check_shape("sinks", a.sinks, {H});
@@ -56,7 +42,7 @@ void check_attention(const AttentionArgs& a, int threads) {
   check_shape("cu_seqlens_q", a.cu_seqlens_q, {B + 1});
   check_shape("cu_seqlens_k", a.cu_seqlens_k, {B + 1});
   for (const View* ids : {&a.query_documents, &a.key_documents, &a.query_images, &a.key_images, &a.key_lengths,
-                          &a.offsets, &a.cu_seqlens_q, &a.cu_seqlens_k, &a.block_table})
+                          &a.offsets, &a.cu_seqlens_q, &a.cu_seqlens_k})
     check_dtype("ids, lengths and offsets", *ids, {DType::kInt32});
   check_dtype("alibi_slopes", a.alibi_slopes, {DType::kFloat32});
   check_dtype("sinks", a.sinks, {DType::kFloat32});
@@ -86,6 +72,78 @@ void check_attention_backward(const AttentionArgs& a, int threads) {
                                   shape_text(a.dbias.size, 4));
 }
 
+// Shapes and dtypes of a call of attention_kvcache; out and lse may be absent.
+void check_kvcache(const KvCacheArgs& c) {
+  check_ndim("q", c.q, 4);
+  check_ndim("k_cache", c.k_cache, 4);
+  check_ndim("v_cache", c.v_cache, 4);
+  check_dtype("q", c.q, kFloats);
+  for (const View* view : {&c.k_cache, &c.v_cache, &c.k, &c.v, &c.out}) check_dtype("caches, k, v", *view, {c.q.dtype});
+  const bool paged = c.block_table.defined;
+  const int64_t B = c.q.size[0], S = c.q.size[1], H = c.q.size[2], D = c.q.size[3];
+  const int64_t batch = paged ? c.k_cache.size[0] : B, Hkv = c.k_cache.size[2], Dv = c.v_cache.size[3];
+  if (Hkv < 1 || H % Hkv != 0) throw std::invalid_argument("k_cache: expected a number of heads that divides q's");
+  check_shape("k_cache", c.k_cache, {batch, c.k_cache.size[1], Hkv, D});
+  check_shape("v_cache", c.v_cache, {batch, c.k_cache.size[1], Hkv, Dv});
+  check_ndim("cache_lengths", c.cache_lengths, 1);
+  check_shape("cache_lengths", c.cache_lengths, {B});
+  check_shape("block_table", c.block_table, {B, c.block_table.size[1]});
+  for (const View* numbers : {&c.cache_lengths, &c.block_table}) check_dtype("lengths", *numbers, {DType::kInt32});
+  if (c.k.defined != c.v.defined) throw std::invalid_argument("k and v: expected both or neither");
+  check_shape("k", c.k, {B, c.k.size[1], Hkv, D});
+  check_shape("v", c.v, {B, c.k.size[1], Hkv, Dv});
+  if (c.rotary_cos.defined != c.rotary_sin.defined)
+    throw std::invalid_argument("rotary_cos and rotary_sin: expected both or neither");
+  for (const View* table : {&c.rotary_cos, &c.rotary_sin}) {
+    check_dtype("rotary_cos and rotary_sin", *table, kFloats);
+    check_shape("rotary_cos and rotary_sin", *table, {c.rotary_cos.size[0], c.rotary_cos.size[1]});
+  }
+  if (2 * c.rotary_cos.size[1] > D) throw std::invalid_argument("rotary_cos: expected at most D / 2 columns");
+  check_shape("sinks", c.sinks, {H});
+  check_shape("out", c.out, {B, S, H, Dv});
+  check_shape("lse", c.lse, {B, H, S});
+  for (const View* view : {&c.sinks, &c.lse}) check_dtype("sinks and lse", *view, {DType::kFloat32});
+}
+
+// Whether lengths are within the cache and the rotary tables, and the pages of an entry within the pool. `lengths` are
+// copies of the numbers that the kernel will go by.
+bool are_kvcache_values_good(const KvCacheArgs& c, const std::vector<int32_t>& lengths) {
+  const bool paged = c.block_table.defined;
+  const int64_t page = c.k_cache.size[1], pages = c.k_cache.size[0];
+  const int64_t capacity = paged ? page * c.block_table.size[1] : page, fresh = c.k.defined ? c.k.size[1] : 0;
+  for (size_t b = 0; b < lengths.size(); ++b) {
+    const int64_t total = lengths[b] + fresh;
+    if (lengths[b] < 0 || total > capacity || total > INT32_MAX) return false;
+    if (c.rotary_cos.defined && (total > c.rotary_cos.size[0] || total < c.q.size[1])) return false;
+    for (int64_t entry = 0; paged && entry * page < total; ++entry) {
+      const int32_t index = static_cast<const int32_t*>(
+          c.block_table.data)[static_cast<int64_t>(b) * c.block_table.stride[0] + entry * c.block_table.stride[1]];
+      if (index < 0 || index >= pages) return false;
+    }
+  }
+  return true;
+}
+
+void run_kvcache(KvCacheArgs& c, int threads) {
+  check_threads(threads);
+  check_ndim("out", c.out, 4);
+  check_ndim("lse", c.lse, 3);
+  check_kvcache(c);
+  for (const View* cache : {&c.k_cache, &c.v_cache})
+    for (int i = 0; c.k.defined && i < 4; ++i)
+      if (cache->size[i] > 1 && cache->stride[i] == 0)
+        throw std::invalid_argument("k_cache and v_cache: expected a place of its own for every element, got stride 0");
+  std::vector<int32_t> lengths(static_cast<size_t>(c.q.size[0]));
+  for (size_t b = 0; b < lengths.size(); ++b)
+    lengths[b] = static_cast<const int32_t*>(c.cache_lengths.data)[static_cast<int64_t>(b) * c.cache_lengths.stride[0]];
+  if (!are_kvcache_values_good(c, lengths))
+    throw std::invalid_argument(
+        "cache_lengths or block_table: expected tokens within the cache, its pages and the tables");
+  c.cache_lengths.data = lengths.data(), c.cache_lengths.stride[0] = 1;
+  py::gil_scoped_release release;
+  kernels().attention_kvcache(c, threads);
+}
+
 // Broadcasts dimensions of size 1, and missing first ones, to `sizes`.
 void broadcast_to(View& view, std::initializer_list<int64_t> sizes) {
   const int ndim = static_cast<int>(sizes.size()), missing = ndim - view.ndim;
@@ -98,6 +156,27 @@ void broadcast_to(View& view, std::initializer_list<int64_t> sizes) {
     view.stride[i] = size == 1 && full != 1 ? 0 : stride;
   }
   view.ndim = ndim;
+}
+
+// A quick yes for plain CPU tensors that fit each other as attention_kvcache's do.
+bool do_kvcache_tensors_fit(const std::array<py::object, 10>& tensors) {
+  KvCacheArgs c{};
+  View* const views[] = {&c.q, &c.k_cache,     &c.v_cache,    &c.cache_lengths, &c.k,
+                         &c.v, &c.block_table, &c.rotary_cos, &c.rotary_sin,    &c.sinks};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i].is_none()) continue;
+    const std::optional<View> view = TensorReader::try_read(tensors[i]);
+    if (!view) return false;
+    *views[i] = *view;
+  }
+  // Other float dtypes are converted in Python.
+  if (c.sinks.defined && c.sinks.dtype != DType::kFloat32) return false;
+  try {
+    check_kvcache(c);
+  } catch (const std::invalid_argument&) {
+    return false;
+  }
+  return true;
 }
 
 // Varlen's (N, H, D) as the kernels' (1, H, N, D), and (H, N) as their (1, H, N).
@@ -183,17 +262,46 @@ bool do_attention_tensors_fit(py::handle q_object, py::handle k_object, py::hand
 void bind_attention(py::module_& m) {
   m.attr("DECODE_ROWS") = kDecodeRows;
   m.def("do_attention_tensors_fit", &do_attention_tensors_fit);
+  m.def("do_kvcache_tensors_fit",
+        [](py::object q, py::object k_cache, py::object v_cache, py::object cache_lengths, py::object k, py::object v,
+           py::object block_table, py::object rotary_cos, py::object rotary_sin, py::object sinks) {
+          return do_kvcache_tensors_fit(
+              {q, k_cache, v_cache, cache_lengths, k, v, block_table, rotary_cos, rotary_sin, sinks});
+        });
+  m.def("attention_kvcache",
+        [](View q, View k_cache, View v_cache, View cache_lengths, View k, View v, View block_table, View rotary_cos,
+           View rotary_sin, View sinks, bool rotary_interleaved, bool causal, int64_t window_left, int64_t window_right,
+           float scale, float softcap, View out, View lse, int threads) {
+          KvCacheArgs c{q,
+                        k_cache,
+                        v_cache,
+                        cache_lengths,
+                        k,
+                        v,
+                        block_table,
+                        rotary_cos,
+                        rotary_sin,
+                        sinks,
+                        rotary_interleaved,
+                        causal,
+                        window_left,
+                        window_right,
+                        scale,
+                        softcap,
+                        out,
+                        lse};
+          run_kvcache(c, threads);
+        });
   m.def("do_starts_fit", &do_starts_fit);
   m.def("end_of_starts", &end_of_starts);
   m.def("attention_forward", [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
                                 View key_documents, View query_images, View key_images, View key_lengths, View offsets,
-                                View cu_seqlens_q, View cu_seqlens_k, View block_table, bool causal, bool bottom_right,
+                                View cu_seqlens_q, View cu_seqlens_k, bool causal, bool bottom_right,
                                 int64_t window_left, int64_t window_right, float scale, float softcap, double dropout_p,
                                 uint64_t seed, View out, View lse, int threads) {
     AttentionArgs a = attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
                                      key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
                                      window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
-    a.block_table = block_table;
     check_attention(a, threads);
     py::gil_scoped_release release;
     kernels().attention_forward(a, threads);

@@ -17,6 +17,7 @@ struct Kernels {
   const char* isa;
   void (*attention_forward)(const AttentionArgs&, int threads);
   void (*attention_backward)(const AttentionArgs&, int threads);
+  void (*attention_kvcache)(const KvCacheArgs&, int threads);
   void (*cross_entropy_forward)(const CrossEntropyArgs&, int threads);
   void (*cross_entropy_backward)(const CrossEntropyArgs&, int threads);
   void (*linear_cross_entropy_forward)(const LinearCrossEntropyArgs&, int threads);

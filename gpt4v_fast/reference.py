@@ -198,6 +198,7 @@ def attention_kvcache(
     block_table: torch.Tensor | None = None,
     rotary_cos: torch.Tensor | None = None,
     rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -210,9 +211,9 @@ def attention_kvcache(
     lengths = cache_lengths.to(torch.int64)
     total = lengths if k is None else lengths + k.shape[1]
     if rotary_cos is not None and rotary_sin is not None:
-        q = rotate(q, rotary_cos, rotary_sin, total - S)
+        q = rotate(q, rotary_cos, rotary_sin, total - S, rotary_interleaved)
         if k is not None:
-            k = rotate(k, rotary_cos, rotary_sin, lengths)
+            k = rotate(k, rotary_cos, rotary_sin, lengths, rotary_interleaved)
     if k is not None and v is not None:
         append_to_cache(k_cache, k, lengths, block_table)
         append_to_cache(v_cache, v, lengths, block_table)
@@ -234,17 +235,26 @@ def attention_kvcache(
     return (out[0].transpose(1, 2), out[1]) if return_lse else out[0].transpose(1, 2)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x (B, S, H, D) at positions first[b] + s, halves convention (GPT-NeoX, Llama).
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, first: torch.Tensor, interleaved: bool = False
+) -> torch.Tensor:
+    """Rotary embedding of x (B, S, H, D) at positions first[b] + s.
 
-    cos, sin: (positions, R / 2); the first R of D are rotated: x1 cos - x2 sin, x2 cos + x1 sin. Positions past the
-    table are refused by the public function; here a negative one counts as 0.
+    cos, sin: (positions, R / 2); the first R of D are rotated: x1 cos - x2 sin, x2 cos + x1 sin, where x1 and x2 are
+    the halves of the R (GPT-NeoX, Llama) or, interleaved, its even and odd dimensions (GPT-J). Positions past the table
+    are refused by the public function; here a negative one counts as 0.
     """
     half = cos.shape[-1]
     positions = (first[:, None] + torch.arange(x.shape[1], device=x.device)).clamp(min=0)  # (B, S)
     cos, sin = (table[positions][:, :, None].to(x.dtype) for table in (cos, sin))
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest], dim=-1)
+    turned, rest = x[..., : 2 * half], x[..., 2 * half :]
+    if interleaved:
+        x1, x2 = turned[..., ::2], turned[..., 1::2]
+        turned = torch.stack([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).flatten(-2)
+    else:
+        x1, x2 = turned[..., :half], turned[..., half:]
+        turned = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+    return torch.cat([turned, rest], dim=-1)
 
 
 def append_to_cache(

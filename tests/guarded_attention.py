@@ -52,9 +52,31 @@ def run(side: str, dtype: torch.dtype, S: int, T: int, D: int, Dv: int, **option
     out, lse = guarded(torch.zeros(1, 4, S, Dv, dtype=dtype), side), guarded(torch.zeros(1, 4, S), side)
     plain = [True, True, -1, -1, D**-0.5, 0.0, 0.0, 0]
     views = [_native.view(guarded(x, side)) for x in near]
-    _C.attention_forward(*views, *[None] * 12, *plain, _native.view(out), _native.view(lse), 1)
+    _C.attention_forward(*views, *[None] * 11, *plain, _native.view(out), _native.view(lse), 1)
     if not options:
         assert torch.equal(out, results[0][0])
+    print("ok")
+
+
+def run_cache(side: str, dtype: torch.dtype, S: int, page: int, D: int = 17, Dv: int = 33) -> None:
+    """attention_kvcache that rotates and appends up to the cache's last token; every tensor is beside a guard."""
+    generator = torch.Generator().manual_seed(S + page)
+    new, capacity = S + 1, 70
+    rows = (2, capacity) if page == 0 else (2 * capacity // page, page)
+    shapes = {"q": (2, S, 4, D), "k_cache": (*rows, 2, D), "v_cache": (*rows, 2, Dv), "k": (2, new, 2, D),
+              "v": (2, new, 2, Dv)}  # fmt: skip
+    near = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    angles = torch.rand(capacity, 8, generator=generator)
+    near |= {"rotary_cos": angles.cos().to(dtype), "rotary_sin": angles.sin().to(dtype)}
+    near["cache_lengths"] = torch.tensor([capacity - new, 1], dtype=torch.int32)
+    if page:
+        near["block_table"] = torch.randperm(rows[0], generator=generator).view(2, -1).int()
+    results = []
+    for place in (torch.clone, lambda x: guarded(x, side)):
+        tensors = {name: place(x) for name, x in near.items()}
+        out, lse = gf.attention_kvcache(**tensors, rotary_interleaved=S % 2 == 0, return_lse=True)
+        results.append((out, lse, tensors["k_cache"], tensors["v_cache"]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     print("ok")
 
 
@@ -69,6 +91,9 @@ def main(arguments: list[str]) -> None:
             for S, T, D, Dv in [(1, 700, 64, 64), (3, 65, 5, 7), (49, 49, 17, 17), (70, 133, 64, 80), (97, 97, 72, 1)]:
                 for softcap in (None, 5.0):
                     run(side, dtype, S, T, D, Dv, **({} if softcap is None else {"softcap": softcap}))
+            for S in (1, 20):
+                for page in (0, 1, 5):
+                    run_cache(side, dtype, S, page)
 
 
 if __name__ == "__main__":

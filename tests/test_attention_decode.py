@@ -95,21 +95,44 @@ def test_bitwise_the_same_for_any_number_of_threads(isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("page", [1, 7, 16, 100])
-def test_pages_give_the_bits_of_the_dense_cache(page, dtype, isa):
+@pytest.mark.parametrize("page", [1, 7, 16, 256])
+@pytest.mark.parametrize(("S", "window"), [(2, None), (7, None), (7, (100, None)), (70, (300, 0))], ids=str)
+def test_pages_give_the_bits_of_the_dense_cache(S, window, page, dtype, isa):
+    """With 6, 21 and 210 rows to a key head: read in place, and gathered."""
     generator = torch.Generator().manual_seed(1)
     B, T, Hkv, D = 3, 700, 2, 40
     entries = -(-T // page)
     table = torch.randperm(B * entries + 2, generator=generator)[: B * entries].view(B, entries).int()
-    q = torch.randn(B, 2, 6, D, generator=generator).to(dtype)
+    q = torch.randn(B, S, 6, D, generator=generator).to(dtype)
     k, v = (torch.randn(B * entries + 2, page, Hkv, D, generator=generator).to(dtype) for _ in range(2))
     lengths = torch.tensor([T, 0, 129], dtype=torch.int32)
     dense_k, dense_v = (x[table.long()].flatten(1, 2) for x in (k, v))
     with gf.force(isa=isa), gf.strict():
-        paged = gf.attention_kvcache(q, k, v, lengths, block_table=table, return_lse=True)
-        dense = gf.attention_kvcache(q, dense_k, dense_v, lengths, return_lse=True)
+        paged = gf.attention_kvcache(q, k, v, lengths, block_table=table, window=window, return_lse=True)
+        dense = gf.attention_kvcache(q, dense_k, dense_v, lengths, window=window, return_lse=True)
     assert torch.equal(paged[0], dense[0]) and torch.equal(paged[1], dense[1])
     assert (paged[0][1] == 0).all() and (paged[1][1] == -math.inf).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_pages_of_more_keys_than_are_gathered_at_once(threads):
+    """A head of keys and values is over the 4 MB of scratch: heads are gathered one by one."""
+    before = torch.get_num_threads()
+    generator = torch.Generator().manual_seed(1)
+    B, T, page, Hkv, D = 2, 4300, 60, 2, 128
+    entries = -(-T // page)
+    table = torch.randperm(B * entries, generator=generator).view(B, entries).int()
+    q = torch.randn(B, 9, 4, D, generator=generator)
+    k, v = (torch.randn(B * entries, page, Hkv, D, generator=generator) for _ in range(2))
+    lengths, sinks = torch.tensor([T, 4200], dtype=torch.int32), torch.linspace(-1, 3, 4)
+    dense_k, dense_v = (x[table.long()].flatten(1, 2) for x in (k, v))
+    try:
+        torch.set_num_threads(threads)
+        paged = gf.attention_kvcache(q, k, v, lengths, block_table=table, sinks=sinks, return_lse=True)
+        dense = gf.attention_kvcache(q, dense_k, dense_v, lengths, sinks=sinks, return_lse=True)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(paged[0], dense[0]) and torch.equal(paged[1], dense[1])
 
 
 def test_explain_says_whether_pages_are_gathered():
@@ -119,14 +142,3 @@ def test_explain_says_whether_pages_are_gathered():
     assert "read in place" in gf.explain(gf.attention_kvcache, few, cache, cache, lengths, block_table=table).kernel
     choice = gf.explain(gf.attention_kvcache, many, cache, cache, lengths, block_table=table)
     assert "gathered" in choice.kernel and "over 16" in str(choice)
-
-
-def test_paged_calls_that_the_kernel_does_not_take_are_refused_by_the_binding():
-    q, cache, lse = torch.zeros(1, 1, 17, 8), torch.zeros(2, 1, 4, 8), torch.zeros(1, 1, 17)
-    view = gf._native.view
-    rest = (False, True, -1, -1, 1.0, 0.0, 0.0, 0, view(torch.zeros(1, 1, 17, 8)), view(lse), 1)
-    table, lengths = view(torch.zeros(1, 1, dtype=torch.int32)), view(torch.ones(1, dtype=torch.int32))
-    with pytest.raises(ValueError, match="q: expected at most 16 rows"):
-        _C.attention_forward(view(q), view(cache), view(cache), *[None] * 7, lengths, None, None, None, table, *rest)
-    with pytest.raises(ValueError, match="block_table: expected key_lengths"):
-        _C.attention_forward(view(q), view(cache), view(cache), *[None] * 11, table, *rest)

@@ -17,6 +17,7 @@ from random_rounding import BITS, held
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
+from gpt4v_fast._native import _C
 from gpt4v_fast.ops.attention_kvcache import prepare
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -37,6 +38,8 @@ class Cached:
     capacity: int = 150
     page: int = 0
     rotary: int = 0
+    interleaved: bool = False
+    tables: torch.dtype = FP32
     sinks: bool = False
     dtype: torch.dtype = FP32
     causal: bool = True
@@ -65,13 +68,19 @@ class Cached:
             tensors["k"], tensors["v"] = random(B, self.new, self.Hkv, self.D), random(B, self.new, self.Hkv, self.Dv)
         if self.rotary:
             angles = torch.rand(self.capacity, self.rotary // 2, generator=generator) * 6
-            tensors["rotary_cos"], tensors["rotary_sin"] = angles.cos(), angles.sin()
+            tensors["rotary_cos"], tensors["rotary_sin"] = angles.cos().to(self.tables), angles.sin().to(self.tables)
         if self.sinks:
             tensors["sinks"] = torch.randn(self.H, generator=generator)
         return tensors
 
     def options(self) -> dict[str, Any]:
-        return {"causal": self.causal, "window": self.window, "softcap": self.softcap, "return_lse": True}
+        return {
+            "rotary_interleaved": self.interleaved,
+            "causal": self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+            "return_lse": True,
+        }
 
 
 CASES = [
@@ -93,7 +102,18 @@ CASES = [
     Cached("rotary-half", (40, 9), S=4, new=4, rotary=8),
     Cached("rotary-all", (40, 9), S=4, new=4, rotary=16),
     Cached("rotary-queries-only", (40, 9), S=4, rotary=16),
+    Cached("rotary-interleaved", (40, 9), S=4, new=4, rotary=16, interleaved=True),
+    Cached("rotary-interleaved-part", (40, 0), S=2, new=2, D=17, rotary=10, interleaved=True, dtype=FP16),
+    Cached("rotary-tables-bf16", (40, 9), S=4, new=4, rotary=14, tables=BF16),
+    Cached("rotary-more-new-than-queries", (40, 9), S=2, new=5, rotary=16, dtype=BF16),
     Cached("paged", (70, 1, 129), page=16),
+    Cached("paged-prefill", (0, 33, 7), S=40, new=40, H=6, page=7, rotary=16, sinks=True),
+    Cached("paged-prefill-page-1", (5, 0), S=19, new=19, page=1, D=24, Dv=40, dtype=BF16),
+    Cached(
+        "paged-prefill-page-256", (250, 3), S=20, new=20, page=256, capacity=300, dtype=FP16, interleaved=True, rotary=8
+    ),
+    Cached("paged-prefill-window", (140, 90), S=20, page=16, capacity=150, window=(30, None), softcap=3.0),
+    Cached("paged-prefill-not-causal", (140, 90), S=20, page=16, causal=False, window=(60, 10)),
     Cached("paged-append", (15, 16, 31), S=20, new=20, page=16, capacity=64),
     Cached("paged-odd-rotary-bf16", (15, 0), S=7, new=7, page=5, capacity=30, rotary=16, dtype=BF16),
 ]
@@ -123,7 +143,7 @@ def rotated(case: Cached, **tensors: torch.Tensor) -> dict[str, torch.Tensor]:
     lengths = tensors["cache_lengths"].long()
     first = {"q": lengths + case.new - case.S, **({"k": lengths} if case.new else {})}
     for name, position in first.items():
-        tensors[name] = held(reference.rotate(tensors[name], *tables, position), BITS[case.dtype])
+        tensors[name] = held(reference.rotate(tensors[name], *tables, position, case.interleaved), BITS[case.dtype])
     return tensors
 
 
@@ -138,7 +158,7 @@ def test_out_lse_and_caches_match_the_oracle(case, isa):
 def test_random_combinations_match_the_oracle(data):
     draw = data.draw
     new, rotary, dtype = draw(st.integers(0, 5)), 2 * draw(st.integers(0, 4)), draw(st.sampled_from(DTYPES))
-    S = draw(st.integers(0, 6))
+    S = draw(st.integers(0, 6) | st.integers(7, 24))
     least = max(0, S - new) if rotary else 0
     Hkv, page = draw(st.integers(1, 2)), draw(st.sampled_from([0, 1, 7, 16]))
     side = st.none() | st.integers(0, 80)
@@ -154,6 +174,8 @@ def test_random_combinations_match_the_oracle(data):
         capacity=96,
         page=page,
         rotary=rotary,
+        interleaved=draw(st.booleans()),
+        tables=draw(st.sampled_from(DTYPES)),
         sinks=draw(st.booleans()),
         dtype=dtype,
         causal=draw(st.booleans()),
@@ -175,6 +197,84 @@ def test_decoding_token_by_token_is_causal_attention():
         torch.testing.assert_close(out, want[:, step], rtol=1e-5, atol=1e-5)
     assert torch.equal(caches[0][:, :S], k) and torch.equal(caches[1][:, :S], v)
     assert caches[0][:, S:].isnan().all() and caches[1][:, S:].isnan().all()
+
+
+def spread(x: torch.Tensor, order: tuple[int, ...], step: int) -> torch.Tensor:
+    """x with its dimensions in memory in `order`, and `step` elements from one to the next of the last."""
+    buffer = torch.full([*(x.shape[i] for i in order), step], 77, dtype=x.dtype)
+    y = buffer[..., 0].permute(*(order.index(i) for i in range(x.dim())))
+    return y.copy_(x)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", ["decode-append-bf16-gqa", "rotary-half", "rotary-interleaved-part", "prefill",
+                                  "paged-append", "paged-prefill", "paged-odd-rotary-bf16"])  # fmt: skip
+@pytest.mark.parametrize(("order", "step"), [((0, 2, 1, 3), 1), ((3, 1, 0, 2), 1), ((0, 1, 2, 3), 3)], ids=str)
+def test_any_strides(order, step, name, isa):
+    case = next(case for case in CASES if case.name == name)
+    tensors, strided = case.tensors(), case.tensors()
+    for x in ("q", "k", "v", "k_cache", "v_cache"):
+        strided[x] = spread(strided[x], order, step)
+    for x in ("rotary_cos", "rotary_sin"):
+        if x in strided:
+            strided[x] = spread(strided[x], (1, 0), step)
+    strided["cache_lengths"] = spread(strided["cache_lengths"], (0,), 2)
+    with gf.force(isa=isa):
+        want, got = (gf.attention_kvcache(**t, **case.options()) for t in (tensors, strided))
+    tolerance = {FP32: 1e-6, BF16: 2**-7, FP16: 2**-10}[case.dtype]
+    torch.testing.assert_close(got[0], want[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(got[1], want[1], rtol=1e-6, atol=1e-5)
+    assert torch.equal(strided["k_cache"], tensors["k_cache"]) and torch.equal(strided["v_cache"], tensors["v_cache"])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_new_keys_are_rounded_once(dtype, interleaved, isa):
+    case = Cached("", (3, 60), S=9, new=9, D=70, rotary=66, dtype=dtype, interleaved=interleaved)
+    tensors = case.tensors()
+    lengths = tensors["cache_lengths"].long()
+    tables = [tensors[name].double() for name in ("rotary_cos", "rotary_sin")]
+    exact = reference.rotate(tensors["k"].double(), *tables, lengths, interleaved)
+    with gf.force(isa=isa):
+        gf.attention_kvcache(**tensors, **case.options())
+    half_ulp = {FP32: 2**-23, BF16: 2**-8, FP16: 2**-11}[dtype]  # fp32: of the sum and of each product
+    for b, length in enumerate(case.lengths):
+        got = tensors["k_cache"][b, length : length + 9].double()
+        assert ((got - exact[b]).abs() <= 1.001 * half_ulp * exact[b].abs() + 2**-22).all()
+        assert torch.equal(got[..., 66:], tensors["k"][b, ..., 66:].double())
+        assert torch.equal(tensors["v_cache"][b, length : length + 9], tensors["v"][b])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("page", [0, 16])
+@pytest.mark.parametrize("S", [2, 150])
+def test_bitwise_the_same_for_any_number_of_threads(S, page, isa):
+    """Few rows and many, with enough to rotate and write for a team."""
+    before, results = torch.get_num_threads(), []
+    case = Cached("", (300, 0, 77), S=S, new=150, D=64, Dv=72, capacity=450, page=page, rotary=64, dtype=BF16)
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            tensors = case.tensors()
+            with gf.force(isa=isa):
+                out, lse = gf.attention_kvcache(**tensors, **case.options())
+            results.append((out, lse, tensors["k_cache"], tensors["v_cache"]))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_a_written_cache_counts_as_changed():
+    tensors = Cached("", (5,), new=1).tensors()
+    versions = [tensors[name]._version for name in ("k_cache", "v_cache", "q")]
+    gf.attention_kvcache(**tensors)
+    assert [tensors[name]._version for name in ("k_cache", "v_cache", "q")] == [
+        versions[0] + 1,
+        versions[1] + 1,
+        versions[2],
+    ]
 
 
 def test_pages_are_the_dense_cache_in_another_order():
@@ -277,6 +377,11 @@ REFUSED: list[tuple[str, Cached, dict[str, Any], type[Exception], str]] = [
     ("table-past-the-pool", PAGED, {"block_table": torch.full((2, 4), 99).int()}, ValueError,
      r"block_table: expected pages in \[0, 11\), got 99 at \(0, 0\)"),
     ("table-negative", PAGED, {"block_table": torch.full((2, 4), -1).int()}, ValueError, "block_table: .* got -1"),
+    ("table-64-bit", PAGED, {"block_table": torch.full((2, 4), 2**32)}, ValueError, "block_table: expected pages in"),
+    ("tables-float64", GOOD, {"rotary_cos": torch.ones(16, 4).double(), "rotary_sin": torch.ones(16, 4).double()},
+     TypeError, "rotary_cos: expected dtype"),
+    ("lengths-under-queries", GOOD, {"cache_lengths": torch.tensor([5, 0]), "q": torch.ones(2, 3, 4, 16)}, ValueError,
+     "cache_lengths: expected at least 3 tokens in entry 1 to rotate q, got 2"),
     ("table-too-short", PAGED, {"block_table": torch.zeros(2, 2).int()}, ValueError,
      "cache_lengths: .* holds 8 tokens"),
 ]  # fmt: skip
@@ -290,3 +395,38 @@ def test_bad_input_is_refused_and_the_caches_are_untouched(case, bad, error, mes
     with pytest.raises(error, match=message):
         gf.attention_kvcache(**call)
     assert all(torch.equal(call[name], cache) for name, cache in before.items())
+
+
+def test_a_cache_whose_elements_share_memory_is_refused():
+    tensors = Cached("", (5, 9), new=1).tensors()
+    tensors["k_cache"] = tensors["k_cache"][:1].expand(2, -1, -1, -1)
+    before = tensors["k_cache"].clone()
+    with pytest.raises(ValueError, match="k_cache and v_cache: expected a place of its own for every element"):
+        gf.attention_kvcache(**tensors)
+    assert torch.equal(tensors["k_cache"], before)
+    del tensors["k"], tensors["v"]
+    assert torch.isfinite(gf.attention_kvcache(**tensors)).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("cache_lengths", torch.tensor([5, 16], dtype=torch.int32)),
+        ("block_table", torch.full((2, 4), 11, dtype=torch.int32)),
+        ("rotary_cos", torch.ones(9, 4)),
+        ("k", torch.ones(2, 1, 2, 15)),
+        ("sinks", torch.ones(5)),
+        ("q", torch.ones(2, 4, 16)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_the_binding_refuses_what_would_leave_the_tensors(name, bad):
+    tensors = {"sinks": None, **Cached("", (5, 9), new=1, page=4, capacity=16, rotary=8).tensors(), name: bad}
+    if name == "rotary_cos":
+        tensors["rotary_sin"] = bad
+    order = ["q", "k_cache", "v_cache", "cache_lengths", "k", "v", "block_table", "rotary_cos", "rotary_sin", "sinks"]
+    before = tensors["k_cache"].clone()
+    outputs = torch.empty(2, 1, 4, 16), torch.empty(2, 4, 1)
+    with pytest.raises(ValueError, match="expected"):
+        _C.attention_kvcache(*map(tensors.get, order), False, True, -1, -1, 1.0, 0.0, *outputs, 1)
+    assert torch.equal(tensors["k_cache"], before)

@@ -98,7 +98,7 @@ def test_the_bindings_refuse_what_would_read_out_of_bounds():
     q, short = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 3, 8)
     lse = torch.zeros(1, 1, 4)
     v = _native.view
-    options = [None] * 12 + [False, False, -1, -1, 1.0, 0.0, 0.0, 0]
+    options = [None] * 11 + [False, False, -1, -1, 1.0, 0.0, 0.0, 0]
     with pytest.raises(ValueError, match=r"v: expected shape \(1, 1, 4, 8\), got \(1, 1, 3, 8\)"):
         _C.attention_forward(v(q), v(q), v(short), *options, v(q), v(lse), 1)
     with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):

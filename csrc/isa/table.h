@@ -6,6 +6,7 @@
 
 #include "dispatch.h"
 #include "kernels/attention.h"
+#include "kernels/attention_kvcache.h"
 #include "kernels/cross_entropy.h"
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/patch_embed.h"
@@ -21,6 +22,7 @@ const Kernels& table() {
       GPT4V_FAST_STRINGIFY(GPT4V_FAST_ISA),
       attention_forward,
       attention_backward,
+      attention_kvcache,
       cross_entropy_forward,
       cross_entropy_backward,
       linear_cross_entropy_forward,

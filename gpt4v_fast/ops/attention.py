@@ -306,16 +306,10 @@ backends.register_explainer(attention, _request)
 
 
 def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return run_forward(q, k, v, AttentionOptions(*rest))
-
-
-def run_forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions, op: str = "attention"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Asks `backends.pick` for a kernel and runs it."""
+    options = AttentionOptions(*rest)
     B, H, S, D = q.shape
     Dv = v.shape[3]
-    backend = pick_backend(q, options, (k.shape[1], D, Dv), lambda: describe(q, k, v, options, op), op)
+    backend = pick_backend(q, options, (k.shape[1], D, Dv), lambda: describe(q, k, v, options))
     if backend == "cpu":
         out = q.new_empty((B, H, S, Dv))
         lse = q.new_empty((B, H, S), dtype=torch.float32)
@@ -401,13 +395,11 @@ def call_native(
     lse: torch.Tensor,
     *gradients: torch.Tensor | None,
     cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    block_table: torch.Tensor | None = None,
 ) -> None:
     """Calls `_C.attention_forward` or `_C.attention_backward`; `gradients` are the latter's further tensors."""
     sinks = options.sinks
     if sinks is not None and sinks.dtype != torch.float32:
         sinks = sinks.float()
-    paged = () if function is _C.attention_backward else (block_table,)
     function(
         q,
         k,
@@ -417,7 +409,6 @@ def call_native(
         sinks,
         *options[3:9],  # ids, key lengths and offsets
         *cu_seqlens,
-        *paged,
         *options[10:],  # numbers
         options.dropout_seed,
         out,

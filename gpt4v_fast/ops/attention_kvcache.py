@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 
 from gpt4v_fast import backends, reference
-from gpt4v_fast._native import _C, last_dim_contiguous
+from gpt4v_fast._native import _C, threads
 from gpt4v_fast.masks import check_window
-from gpt4v_fast.ops import attention as dense
 from gpt4v_fast.ops import checks, library
+from gpt4v_fast.ops.attention import check_sinks
+
+_MANY_ROWS = "more rows per key head than a decoding step's"
 
 
 def attention_kvcache(
@@ -25,6 +26,7 @@ def attention_kvcache(
     block_table: torch.Tensor | None = None,
     rotary_cos: torch.Tensor | None = None,
     rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -44,11 +46,11 @@ def attention_kvcache(
         cache_lengths: (B,) int32, tokens in the cache before this call's k and v.
         k, v: (B, Snew, Hkv, D) and (B, Snew, Hkv, Dv), both or neither, to append at cache_lengths[b].
         block_table: (B, pages of an entry) int32; token t of entry b is in page block_table[b, t // page]. The
-            CPU reads pages where they lie when H / Hkv * S, the rows that share a key, are at most 16; otherwise they
-            are gathered into a dense copy first, as `explain` says.
-        rotary_cos, rotary_sin: (positions, R / 2) tables, both or neither; the first R <= D dimensions of q and k are
-            rotated at their positions in the halves convention of Llama and GPT-NeoX (x1 cos - x2 sin,
-            x2 cos + x1 sin).
+            CPU reads pages where they lie when H / Hkv * S, the rows that share a key, are at most 16; otherwise the
+            keys that a few entries or heads see are gathered at a time, as `explain` says.
+        rotary_cos, rotary_sin: (positions, R / 2) tables, any float dtype, both or neither; the first R <= D dimensions
+            of q and k are rotated at their positions, (x1 cos - x2 sin, x2 cos + x1 sin), in fp32 with one rounding.
+        rotary_interleaved: x1 and x2 are dimensions 2 i and 2 i + 1 (GPT-J), not i and R / 2 + i (Llama, GPT-NeoX).
         causal: query i sees the keys up to its own position.
         window, scale, softcap, sinks: as for `attention`.
         return_lse: also return lse (B, H, S), fp32, natural logarithm.
@@ -63,8 +65,8 @@ def attention_kvcache(
     Source: the semantics of flash_attn_with_kvcache (FlashAttention 2.5).
     """
     arguments = prepare(
-        q, k_cache, v_cache, cache_lengths, k, v, block_table, rotary_cos, rotary_sin, causal, window, scale, softcap,
-        sinks,
+        q, k_cache, v_cache, cache_lengths, k, v, block_table, rotary_cos, rotary_sin, rotary_interleaved, causal,
+        window, scale, softcap, sinks,
     )  # fmt: skip
     out, lse = _attention_kvcache_op(*arguments)
     return (out, lse) if return_lse else out
@@ -80,6 +82,7 @@ def prepare(
     block_table: torch.Tensor | None = None,
     rotary_cos: torch.Tensor | None = None,
     rotary_sin: torch.Tensor | None = None,
+    rotary_interleaved: bool = False,
     causal: bool = True,
     window: tuple[int | None, int | None] | None = None,
     scale: float | None = None,
@@ -88,6 +91,46 @@ def prepare(
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
     """Checks shapes and dtypes and returns the arguments of the torch op; values are checked inside the op."""
+    tensors = (q, k_cache, v_cache, cache_lengths, k, v, block_table, rotary_cos, rotary_sin, sinks)
+    if torch.compiler.is_compiling() or not _C.do_kvcache_tensors_fit(*tensors):
+        _check_tensors(*tensors)
+    if torch.is_grad_enabled():
+        _check_no_gradient(q, k_cache, v_cache, k, v, sinks, rotary_cos, rotary_sin)
+    check_window(window)
+    left, right = window or (None, None)
+    return (
+        q,
+        k_cache,
+        v_cache,
+        checks.as_int32(cache_lengths),
+        k,
+        v,
+        None if block_table is None else checks.as_int32(block_table),
+        rotary_cos,
+        rotary_sin,
+        sinks,
+        bool(rotary_interleaved),
+        causal,
+        -1 if left is None else left,
+        -1 if right is None else right,
+        checks.check_scale(scale, q.shape[3]),
+        checks.check_softcap(softcap),
+    )
+
+
+def _check_tensors(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    """Kinds, dtypes, devices and shapes."""
     for name, tensor in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         checks.check_tensor(name, tensor, ndim=4)
     B, _, H, D = q.shape
@@ -127,34 +170,19 @@ def prepare(
             checks.check_shape(name, table, tuple(rotary_cos.shape), "of rotary_cos")
         if 2 * rotary_cos.shape[1] > D:
             raise ValueError(f"rotary_cos: expected at most D / 2 = {D // 2} columns, got {rotary_cos.shape[1]}")
-    if torch.is_grad_enabled():
-        tensors = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "sinks": sinks}
-        tensors |= {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
-        for argument, value in tensors.items():
-            if value is not None and value.requires_grad:
-                raise ValueError(
-                    f"{argument}: expected a tensor that needs no gradient (attention_kvcache has none; call it under "
-                    "torch.no_grad()), got one that does"
-                )
-    check_window(window)
-    left, right = window or (None, None)
-    return (
-        q,
-        k_cache,
-        v_cache,
-        checks.as_int32(cache_lengths),
-        k,
-        v,
-        block_table,
-        rotary_cos,
-        rotary_sin,
-        dense.check_sinks(sinks, q, H),
-        causal,
-        -1 if left is None else left,
-        -1 if right is None else right,
-        checks.check_scale(scale, D),
-        checks.check_softcap(softcap),
-    )
+    check_sinks(sinks, q, H)
+
+
+def _check_no_gradient(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *others: torch.Tensor | None
+) -> None:
+    names = ("q", "k_cache", "v_cache", "k", "v", "sinks", "rotary_cos", "rotary_sin")
+    for name, tensor in zip(names, (q, k_cache, v_cache, *others), strict=True):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: expected a tensor that needs no gradient (attention_kvcache has none; call it under "
+                "torch.no_grad()), got one that does"
+            )
 
 
 def _check_values(
@@ -202,139 +230,127 @@ def _attention_kvcache(
     rotary_cos: torch.Tensor | None,
     rotary_sin: torch.Tensor | None,
     sinks: torch.Tensor | None,
+    rotary_interleaved: bool,
     causal: bool,
     window_left: int,
     window_right: int,
     scale: float,
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    S = q.shape[1]
-    lengths = cache_lengths.to(torch.int64)
-    total = lengths if k is None else lengths + k.shape[1]
-    _check_values(q, k_cache, lengths, total, block_table, rotary_cos)
-    if rotary_cos is not None and rotary_sin is not None:
-        # In fp32, whatever the cache's dtype: one rounding instead of three.
-        q = reference.rotate(q.float(), rotary_cos, rotary_sin, total - S).to(q.dtype)
+    B, S, H, _ = q.shape
+    used = _features(q, k_cache, v_cache, block_table, sinks, causal, window_left, window_right, softcap)
+    key = ("attention_kvcache", q.device, q.dtype, used)
+    if backends.pick_by(key, lambda: _describe(q, used)).backend == "cpu":
+        out = q.new_empty((B, S, H, v_cache.shape[3]))
+        lse = q.new_empty((B, H, S), dtype=torch.float32)
+        sinks = None if sinks is None else sinks.float()
+        scalars = (rotary_interleaved, causal, window_left, window_right, scale, softcap)
+        try:
+            _C.attention_kvcache(
+                q, k_cache, v_cache, cache_lengths, k, v, block_table, rotary_cos, rotary_sin, sinks, *scalars,
+                out, lse, threads(),
+            )  # fmt: skip
+        except ValueError:
+            _check_values(q, k_cache, cache_lengths, _total(cache_lengths, k), block_table, rotary_cos)
+            raise
         if k is not None:
-            k = reference.rotate(k.float(), rotary_cos, rotary_sin, lengths).to(k.dtype)
-    if k is not None and v is not None:
-        reference.append_to_cache(k_cache, k, lengths, block_table)
-        reference.append_to_cache(v_cache, v, lengths, block_table)
-    options = _options(sinks, total, S, causal, window_left, window_right, scale, softcap)
-    q = q.transpose(1, 2)
-    if block_table is not None:
-        if backends.pick(_describe(q, k_cache, v_cache, options, block_table)).kernel == _PAGED_KERNEL:
-            return _attend_to_pages(q, k_cache, v_cache, block_table, options)
-        k_cache = reference.gather_pages(k_cache, block_table)
-        v_cache = reference.gather_pages(v_cache, block_table)
-    out, lse = dense.run_forward(q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), options, op="attention_kvcache")
-    return out.transpose(1, 2), lse
+            torch.autograd.graph.increment_version((k_cache, v_cache))
+        return out, lse
+    total = _total(cache_lengths, k)
+    _check_values(q, k_cache, cache_lengths, total, block_table, rotary_cos)
+    out_and_lse: Any = reference.attention_kvcache(
+        q.float(),
+        k_cache,
+        v_cache,
+        cache_lengths,
+        k=None if k is None else k.float(),
+        v=v,
+        block_table=block_table,
+        rotary_cos=rotary_cos,
+        rotary_sin=rotary_sin,
+        rotary_interleaved=rotary_interleaved,
+        causal=causal,
+        window=(None if window_left < 0 else window_left, None if window_right < 0 else window_right),
+        scale=scale,
+        softcap=softcap or None,
+        sinks=sinks,
+        return_lse=True,
+    )
+    return out_and_lse[0].contiguous().to(q.dtype), out_and_lse[1]
 
 
-def _attend_to_pages(
+def _total(cache_lengths: torch.Tensor, k: torch.Tensor | None) -> torch.Tensor:
+    """Tokens of each entry once k is appended."""
+    return cache_lengths.long() + (0 if k is None else k.shape[1])
+
+
+_FEATURES = ("pages", _MANY_ROWS, "an empty pool", "gqa", "head size over 256", "sinks", "causal", "window", "softcap")
+
+
+def _features(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    options: dense.AttentionOptions,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kernel on the pages themselves; q is (B, H, S, D)."""
-    B, H, S, _ = q.shape
-    q, k_cache, v_cache = (last_dim_contiguous(x) for x in (q, k_cache, v_cache))
-    out = q.new_empty(B, S, H, v_cache.shape[3])
-    lse = q.new_empty(B, H, S, dtype=torch.float32)
-    dense.call_native(
-        _C.attention_forward, q, k_cache.transpose(1, 2), v_cache.transpose(1, 2), options, out.transpose(1, 2), lse,
-        block_table=block_table.to(torch.int32),
-    )  # fmt: skip
-    return out, lse
-
-
-def _describe(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    options: dense.AttentionOptions,
     block_table: torch.Tensor | None,
-) -> backends.Request:
-    """What `backends.pick` needs to know; q is (B, H, S, D), the caches are as the caller gave them."""
-    k_cache, v_cache = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
-    request = dense.describe(q, k_cache, v_cache, options, op="attention_kvcache")
-    if block_table is None:
-        return request
-    features = {"pages"}
-    if q.shape[1] // k_cache.shape[1] * q.shape[2] > _C.DECODE_ROWS:
-        features.add("more rows per key head than a decoding step's")
-    if block_table.shape[1] > 0 and k_cache.shape[0] * k_cache.shape[2] == 0:
-        features.add("an empty pool")
-    return dataclasses.replace(request, features=request.features | features)
+    sinks: torch.Tensor | None,
+    causal: bool,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+) -> tuple[bool, ...]:
+    """Which of _FEATURES a call uses."""
+    _, S, H, D = q.shape
+    pages, page, Hkv, _ = k_cache.shape
+    return (
+        block_table is not None,
+        H // Hkv * S > _C.DECODE_ROWS,
+        block_table is not None and pages * page == 0,
+        Hkv != H,
+        D > 256 or v_cache.shape[3] > 256,
+        sinks is not None,
+        causal,
+        window_left >= 0 or window_right >= 0,
+        softcap > 0,
+    )
+
+
+def _describe(q: torch.Tensor, used: tuple[bool, ...]) -> backends.Request:
+    features = frozenset(name for name, is_used in zip(_FEATURES, used, strict=True) if is_used)
+    return backends.Request("attention_kvcache", q.device.type, q.dtype, features | {"key lengths", "offsets"})
 
 
 def _unsupported_by_paged(request: backends.Request) -> str | None:
     if "pages" not in request.features:
         return "there is no block_table"
-    if "more rows per key head than a decoding step's" in request.features:
+    if _MANY_ROWS in request.features:
         return f"H / Hkv * S is over {_C.DECODE_ROWS}"
     return "the pool is empty" if "an empty pool" in request.features else None
 
 
-def _options(
-    sinks: torch.Tensor | None,
-    total: torch.Tensor,
-    S: int,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float,
-    softcap: float,
-) -> dense.AttentionOptions:
-    return dense.AttentionOptions(
-        bias=None,
-        alibi_slopes=None,
-        sinks=sinks,
-        query_documents=None,
-        key_documents=None,
-        query_images=None,
-        key_images=None,
-        key_lengths=total.to(torch.int32),
-        offsets=(total - S).to(torch.int32),
-        seed=None,
-        causal=causal,
-        bottom_right=True,
-        window_left=window_left,
-        window_right=window_right,
-        scale=scale,
-        softcap=softcap,
-        dropout_p=0.0,
-    )
-
-
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
-    q, k_cache, v_cache, lengths, _, _, table, _, _, sinks, causal, left, right, scale, softcap = prepare(
+    q, k_cache, v_cache, _, _, _, block_table, _, _, sinks, _, causal, left, right, _, softcap = prepare(
         *args, **kwargs
     )
-    options = _options(sinks, lengths, q.shape[1], causal, left, right, scale, softcap)
-    return _describe(q.transpose(1, 2), k_cache, v_cache, options, table)
+    return _describe(q, _features(q, k_cache, v_cache, block_table, sinks, causal, left, right, softcap))
 
 
 def _fake(
     q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, H, _ = q.shape
-    out = q.new_empty(B, H, S, v_cache.shape[3]).transpose(1, 2)
-    return out, q.new_empty(B, H, S, dtype=torch.float32)
+    return q.new_empty(B, S, H, v_cache.shape[3]), q.new_empty(B, H, S, dtype=torch.float32)
 
 
-_PAGED_KERNEL = "_C.attention (pages read in place)"
-
-backends.register_kernel("attention_kvcache", "cpu", _PAGED_KERNEL, _unsupported_by_paged)
-backends.register_kernel("attention_kvcache", "cpu", "_C.attention (with key lengths; pages gathered first)")
+backends.register_kernel(
+    "attention_kvcache", "cpu", "_C.attention_kvcache (pages read in place)", _unsupported_by_paged
+)
+backends.register_kernel("attention_kvcache", "cpu", "_C.attention_kvcache (pages gathered, if there are any)")
 backends.register_explainer(attention_kvcache, _request)
 
 _attention_kvcache_op = library.define_op(
     "attention_kvcache(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor cache_lengths, Tensor? k, Tensor? v, "
-    "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? sinks, bool causal, int window_left, "
-    "int window_right, float scale, float softcap) -> (Tensor, Tensor)",
+    "Tensor? block_table, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? sinks, bool rotary_interleaved, bool causal, "
+    "int window_left, int window_right, float scale, float softcap) -> (Tensor, Tensor)",
     _attention_kvcache,
     _fake,
 )
