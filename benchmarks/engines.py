@@ -44,11 +44,13 @@ class Problem:
         return self.q.shape[1] // self.k.shape[1]
 
     def masks(self) -> dict[str, torch.Tensor | None]:
-        """The ways to say what is allowed, made beforehand: for a product of S x T a sum is cheaper than a choice."""
-        if self.allowed is None:
+        """The ways to say what is allowed, made beforehand; none where the engine needs no tensor for it."""
+        if self.allowed is None and not self.causal:
             return {"": None}
-        additive = torch.zeros(self.allowed.shape).masked_fill(~self.allowed, -torch.inf).to(self.q.dtype)
-        return {", boolean mask": self.allowed, ", additive mask": additive}
+        S, T = self.q.shape[2], self.k.shape[2]
+        allowed = torch.ones(1, 1, S, T, dtype=torch.bool).tril() if self.allowed is None else self.allowed
+        additive = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf).to(self.q.dtype)
+        return {**({"": None} if self.causal else {", boolean mask": allowed}), ", additive mask": additive}
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def openvino(problem: Problem) -> Run:
     candidates: dict[str, Callable[[], Run]] = {}
     for (mask_name, mask), hint in itertools.product(problem.masks().items(), ("LATENCY", "THROUGHPUT")):
         graphs = {"ScaledDotProductAttention": _ov_attention}
-        if not problem.causal:
+        if mask is not None or not problem.causal:
             graphs["MatMul, Softmax, MatMul"] = _ov_products
         if problem.groups > 1 and not problem.causal and mask is None:
             graphs = {f"{name}, folded groups": graph for name, graph in graphs.items()} | graphs
@@ -154,7 +156,7 @@ def _ov_repeat(ov: Any, ops: Any, operand: Any, x: torch.Tensor, groups: int) ->
 
 
 def _ov_attention(ov: Any, ops: Any, problem: Problem, operands: Mapping[str, Any]) -> Any:
-    return ops.scaled_dot_product_attention(*operands.values(), causal=problem.causal)
+    return ops.scaled_dot_product_attention(*operands.values(), causal=problem.causal and "mask" not in operands)
 
 
 def _ov_products(ov: Any, ops: Any, problem: Problem, operands: Mapping[str, Any]) -> Any:
@@ -185,7 +187,13 @@ def onnxruntime(problem: Problem) -> Run:
     for mask_name, mask in problem.masks().items():
         masks = {} if mask is None else {"mask": mask}
         candidates[f"Attention{mask_name}"] = _ort_candidate(
-            ort, onnx, problem, "Attention", "", {**_qkv(problem), **masks}, {"is_causal": int(problem.causal)}
+            ort,
+            onnx,
+            problem,
+            "Attention",
+            "",
+            {**_qkv(problem), **masks},
+            {"is_causal": int(problem.causal and mask is None)},
         )
     if problem.allowed is None and problem.groups == 1:
         attributes = {"num_heads": H, "unidirectional": int(problem.causal)}

@@ -66,7 +66,7 @@ def _grid() -> list[Shape]:
 DEFAULT = (
     Shape("n512_v49152_e576", 512, 49152, 576),
     Shape("n512_v49152_e576_ignored50", 512, 49152, 576, 0.5, ("bf16",), TRAINING),
-    Shape("n512_v49152_e576_ignored90", 512, 49152, 576, 0.9, directions=TRAINING),
+    Shape("n512_v49152_e576_ignored90", 512, 49152, 576, 0.9, ("bf16",), TRAINING),
     Shape("n256_v32000_e2048", 256, 32000, 2048, directions=TRAINING),
     Shape("n256_v32000_e4096", 256, 32000, 4096, dtypes=("bf16",), directions=TRAINING),
     Shape("n256_v128256_e576", 256, 128256, 576, dtypes=("bf16",)),
