@@ -1,14 +1,15 @@
 """Every launch table of the Triton kernels: plain data, no triton, a deterministic answer for any device.
 
-`attention(arch, dtype, head_dim)` and `cross_entropy(arch, dtype, vocabulary)` look an entry up; arch is "sm_90",
-"gfx942" or "interpreter". Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills, at least
-8 warps on a multiprocessor, shared memory that the chip has, then the fewest instructions per score in the unmasked
-loop. Times are not measured: no GPU was at hand. tests/gpu_compile holds every entry to it.
+`attention`, `cross_entropy` and `linear_cross_entropy` look an entry up; arch is "sm_90", "gfx942" or "interpreter".
+Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills, 8 warps or more on a multiprocessor,
+shared memory that the chip has, then the fewest instructions per score in the unmasked loop. Times are not measured: no
+GPU was at hand. tests/gpu_compile holds every entry to it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -52,8 +53,42 @@ class CrossEntropyConfig:
     num_warps: int
 
 
+@dataclasses.dataclass(frozen=True)
+class ProductTile:
+    """One launch of a linear cross-entropy kernel. Two of the blocks span its tile, it walks along the third."""
+
+    block_m: int  # tokens
+    block_v: int  # classes
+    block_e: int  # depth
+    num_warps: int
+    num_stages: int
+    registers: int | None = None  # as in Tile
+    group: int = 16  # rows of tiles that are walked together
+
+    @property
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_M": self.block_m, "BLOCK_V": self.block_v, "BLOCK_E": self.block_e, "GROUP": self.group}
+
+    @property
+    def launch_options(self) -> dict[str, int]:
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else {**options, "maxnreg": self.registers}
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearCrossEntropyConfig:
+    forward: ProductTile
+    gradient: ProductTile  # of the logits
+    grad_hidden: ProductTile
+    grad_weight: ProductTile  # its block_m divides that of gradient, whose zeros it counts on
+
+
 def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, ...]) -> AttentionConfig:
     return AttentionConfig(Tile(*forward), Tile(*dq), Tile(*dkdv))
+
+
+def _tiles(*tiles: tuple[int, ...]) -> tuple[ProductTile, ...]:
+    return tuple(ProductTile(*tile) for tile in tiles)
 
 
 # (family, bits of an element, head size rounded up to a power of two); forward, dq, dk and dv: block_m, block_n,
@@ -105,11 +140,76 @@ ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
 # Small enough that short sequences have several blocks, of both kinds; large enough that tests end soon.
 _INTERPRETER_ATTENTION = _attention((32, 64, 4, 1, 32), (32, 64, 4, 1, 32), (64, 32, 4, 1, 32))
 _INTERPRETER_CHUNKED = _attention((32, 64, 4, 1, 32, 32), (32, 64, 4, 1, 32, 32), (64, 32, 4, 1, 32, 32))
+_INTERPRETER_LINEAR_CROSS_ENTROPY = LinearCrossEntropyConfig(*[ProductTile(32, 64, 32, 4, 1, group=2)] * 4)
 _INTERPRETER_CROSS_ENTROPY = CrossEntropyConfig(64, 4)
 
 # By bits of an element: two loads of 128 bits a thread in flight, four programs on a multiprocessor (52 registers a
 # thread on sm_90).
 CROSS_ENTROPY = {16: CrossEntropyConfig(4096, 8), 32: CrossEntropyConfig(2048, 8)}
+
+# Linear cross-entropy: block_m, block_v, block_e, num_warps, num_stages, registers. "cuda" is what the other NVIDIA
+# families have for fp32, whose three products of tf32 halves run on the sm_80 instructions there.
+# (family, bits of an element, simple): the forward and the gradient kernel; simple is a depth in whole blocks and none
+# of bias, smoothing, class weights and softcap. What decides: the largest tile that does not spill. In 255 registers
+# that is 128 x 256 on sm_90, whose matrix unit reads operands from shared memory, and 128 x 128 else; a softcap, narrow
+# loads of odd depths, or 64 values of a bias in each thread take the registers of half a tile.
+LINEAR_LOGITS: dict[tuple[str, int, bool], tuple[ProductTile, ...]] = {
+    ("sm_80", 16, True): _tiles((128, 128, 64, 8, 3), (128, 128, 64, 8, 3)),
+    ("sm_80", 16, False): _tiles((128, 64, 32, 8, 3, 255), (128, 64, 32, 8, 3, 255)),
+    ("sm_86", 16, True): _tiles((128, 128, 64, 8, 3), (128, 128, 64, 8, 3)),
+    ("sm_86", 16, False): _tiles((128, 64, 32, 8, 3, 255), (128, 64, 32, 8, 3, 255)),
+    ("sm_90", 16, True): _tiles((128, 256, 64, 8, 3), (128, 256, 64, 8, 3)),
+    ("sm_90", 16, False): _tiles((128, 64, 32, 8, 3, 255), (128, 64, 32, 8, 3, 255)),
+    ("sm_100", 16, True): _tiles((128, 128, 64, 8, 3), (128, 128, 64, 8, 3)),
+    ("sm_100", 16, False): _tiles((128, 64, 32, 8, 3, 255), (128, 64, 32, 8, 3, 255)),
+    ("gfx942", 16, True): _tiles((128, 128, 64, 8, 2), (128, 128, 64, 8, 2)),
+    ("gfx942", 16, False): _tiles((128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+    ("cuda", 32, True): _tiles((128, 64, 16, 8, 3), (128, 64, 16, 8, 3)),
+    ("cuda", 32, False): _tiles((64, 32, 16, 4, 2, 255), (64, 32, 16, 4, 2, 255)),
+    ("sm_90", 32, True): _tiles((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("sm_90", 32, False): _tiles((64, 32, 32, 4, 2, 255), (64, 32, 32, 4, 2, 255)),
+    ("sm_100", 32, True): _tiles((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("sm_100", 32, False): _tiles((64, 32, 32, 4, 2, 255), (64, 32, 32, 4, 2, 255)),
+    ("gfx942", 32, True): _tiles((128, 128, 32, 8, 2), (128, 128, 32, 8, 2)),
+    ("gfx942", 32, False): _tiles((128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
+}
+
+# (family, bits of an element, whether 16 bytes divide a row of E): grad_hidden and grad_weight.
+LINEAR_PRODUCTS: dict[tuple[str, int, bool], tuple[ProductTile, ...]] = {
+    ("sm_80", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
+    ("sm_80", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
+    ("sm_86", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
+    ("sm_86", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
+    ("sm_90", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
+    ("sm_90", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
+    ("sm_100", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
+    ("sm_100", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
+    ("gfx942", 16, True): _tiles((128, 64, 128, 8, 2), (64, 128, 128, 8, 2)),
+    ("gfx942", 16, False): _tiles((64, 32, 64, 4, 2), (32, 64, 64, 4, 2)),
+    ("cuda", 32, True): _tiles((128, 16, 64, 8, 3), (16, 128, 64, 8, 3)),
+    ("cuda", 32, False): _tiles((64, 32, 32, 4, 2, 255), (32, 64, 32, 4, 2, 255)),
+    ("sm_90", 32, True): _tiles((128, 32, 128, 8, 2), (32, 128, 128, 8, 2)),
+    ("sm_90", 32, False): _tiles((64, 32, 32, 4, 2, 255), (32, 64, 32, 4, 2, 255)),
+    ("sm_100", 32, True): _tiles((128, 32, 128, 8, 2), (32, 128, 128, 8, 2)),
+    ("sm_100", 32, False): _tiles((64, 32, 32, 4, 2, 255), (32, 64, 32, 4, 2, 255)),
+    ("gfx942", 32, True): _tiles((128, 32, 128, 8, 2), (32, 128, 128, 8, 2)),
+    ("gfx942", 32, False): _tiles((64, 32, 64, 4, 2), (32, 64, 64, 4, 2)),
+}
+
+# Programs of the forward kernel: 30 for each of 132 multiprocessors, so that a tenth of them still fills a device. Each
+# leaves 16 bytes a token: at most 8 MiB.
+FORWARD_PROGRAMS = 4096
+
+# fp32 logits that are written all at once where a problem has no more: three large products, few launches. Where
+# exactly the fused kernels overtake them is not measured.
+LINEAR_PRODUCT_BYTES = 32 << 20
+
+# Scratch of the backward pass: the gradient of a chunk of logits, and lower halves of fp32 sums over several chunks.
+# 8,192 tokens in a chunk leave 1,536 classes: for each of the two products more than 1,500 of multiplications
+# per element that is read, and 8 bytes of sums read and written per 3,072 flops.
+GRADIENT_BYTES = 24 << 20
+SUMS_BYTES = 32 << 20
+CHUNK_TOKENS = 8192
 
 _FAMILIES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 
@@ -145,3 +245,100 @@ def cross_entropy(arch: str, dtype: torch.dtype, vocabulary: int) -> CrossEntrop
     full = CROSS_ENTROPY[8 * dtype.itemsize]
     block = min(full.block, max(256, 2 ** (max(vocabulary, 1) - 1).bit_length()))
     return CrossEntropyConfig(block, max(1, full.num_warps * block // full.block))
+
+
+def linear_cross_entropy(arch: str, dtype: torch.dtype, E: int, rich: bool) -> LinearCrossEntropyConfig:
+    """The entry for a device and an element type; `rich`: with a bias, smoothing, class weights or a softcap."""
+    if arch == "interpreter":
+        return _INTERPRETER_LINEAR_CROSS_ENTROPY
+    bits = 8 * dtype.itemsize
+    own = family(arch)
+    if (own, bits, True) not in LINEAR_LOGITS:
+        own = "cuda"
+    logits = LINEAR_LOGITS[own, bits, not rich and E % 64 == 0]
+    return LinearCrossEntropyConfig(*logits, *LINEAR_PRODUCTS[own, bits, E * bits % 128 == 0])
+
+
+def linear_cross_entropy_by_products(N: int, V: int) -> bool:
+    """Whether the logits are few enough to be written; else they stay in registers."""
+    return 4 * N * V <= LINEAR_PRODUCT_BYTES
+
+
+def vocabulary_splits(arch: str, N: int, V: int, tile: ProductTile) -> tuple[int, int]:
+    """(ranges that forward's programs take of V, tiles of each): enough programs to fill a device several times over
+    even when most tokens are ignored, which only the device knows. The same numbers on every device of an entry."""
+    programs = 6 if arch == "interpreter" else FORWARD_PROGRAMS
+    blocks, tiles = -(-N // tile.block_m), -(-V // tile.block_v)
+    tiles_per_split = -(-tiles // max(1, programs // blocks))
+    return -(-tiles // tiles_per_split), tiles_per_split
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """One walk of backward over all logits, a chunk at a time; all tokens of some classes before the next classes, or,
+    where grad_hidden alone is made, all classes of some tokens before the next tokens."""
+
+    sizes: tuple[int, int]  # N, V
+    tokens: int  # of a chunk, in whole blocks
+    classes: int
+    of_hidden: bool
+    of_weight: bool
+    of_bias: bool
+    class_unit: int  # chunks have whole blocks of classes too
+    halves: bool  # 16-bit gradients keep the lower halves of their sums beside them
+
+    @property
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first token, first class) of each chunk in its turn."""
+        tokens, classes = (range(0, n, step) for n, step in zip(self.sizes, (self.tokens, self.classes), strict=True))
+        if self.keeps_all_tokens:
+            return [(token, first) for first in classes for token in tokens]
+        return [(token, first) for token in tokens for first in classes]
+
+    @property
+    def keeps_all_tokens(self) -> bool:
+        return self.of_weight or not self.of_hidden
+
+    @property
+    def lower_halves(self) -> tuple[int, int]:
+        """Rows of the scratch tensors beside grad_hidden and grad_weight; none where one chunk makes the sums whole."""
+        N, V = self.sizes
+        of_hidden = self.halves and self.of_hidden and self.classes < V
+        of_weight = self.halves and self.of_weight and self.tokens < N
+        tokens = N if self.keeps_all_tokens else min(N, self.tokens)
+        return of_hidden * tokens, of_weight * self.classes
+
+    def rounded(self, classes: int) -> int:
+        return -(-classes // self.class_unit) * self.class_unit
+
+
+def linear_cross_entropy_sweeps(
+    N: int,
+    V: int,
+    E: int,
+    itemsize: int,
+    of_hidden: bool,
+    of_weight: bool,
+    of_bias: bool,
+    config: LinearCrossEntropyConfig,
+) -> list[Sweep]:
+    """How backward walks over the logits, in at most GRADIENT_BYTES + SUMS_BYTES + 1/7 of either for any N and V.
+
+    One sweep serves both products where the lower halves of grad_hidden's sums fit in SUMS_BYTES (N E up to 16.7
+    million), or need no room in fp32; else each has its own and logits are computed once more.
+    """
+    unit = math.lcm(*(tile.block_v for tile in (config.gradient, config.grad_hidden, config.grad_weight)))
+    elements = GRADIENT_BYTES // itemsize
+    kept = N + V if itemsize > 2 else SUMS_BYTES // (2 * max(E, 1))  # rows of sums that there is room for
+
+    def sweep(hidden: bool, weight: bool, bias: bool) -> Sweep:
+        alone = hidden and not weight
+        block = max(config.gradient.block_m, config.grad_hidden.block_m)
+        tokens = max(block, min(-(-N // block) * block, CHUNK_TOKENS, kept // block * block if alone else CHUNK_TOKENS))
+        classes = elements // tokens if tokens >= N or not weight else min(elements // tokens, kept)
+        classes = max(unit, min(classes // unit * unit, -(-V // unit) * unit))
+        return Sweep((N, V), tokens, classes, hidden, weight, bias, unit, itemsize == 2)
+
+    if of_hidden and of_weight and kept < N:
+        return [sweep(True, False, False), sweep(False, True, of_bias)]
+    return [sweep(of_hidden, of_weight, of_bias)]

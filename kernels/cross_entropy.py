@@ -61,7 +61,7 @@ def _edge_columns(head, vectors, V, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _capped(x, softcap, SOFTCAP: tl.constexpr):
+def capped(x, softcap, SOFTCAP: tl.constexpr):
     if SOFTCAP:
         return softcap * tanh(x / softcap)
     else:
@@ -80,9 +80,9 @@ def _online_step(
     """
     new_max = tl.maximum(row_max, tl.max(x, 0))
     # exp(z - origin) must exist for a row of infinities too: then 0 is as good an origin as any.
-    new_origin = tl.where(tl.abs(new_max) == float("inf"), 0.0, _capped(new_max, softcap, SOFTCAP))
+    new_origin = tl.where(tl.abs(new_max) == float("inf"), 0.0, capped(new_max, softcap, SOFTCAP))
     rescale = tl.where(row_max == float("-inf"), 0.0, tl.exp2((origin - new_origin) * _LOG2E))
-    z = _capped(x, softcap, SOFTCAP)
+    z = capped(x, softcap, SOFTCAP)
     p = tl.exp2((z - new_origin) * _LOG2E)
     if MASKED and SOFTCAP:
         p = tl.where(valid, p, 0.0)
@@ -152,7 +152,7 @@ def _cross_entropy_forward_kernel(
     outer = tl.min(tl.where(exists & (edge == row_max), columns, V - 1), 0)
     tl.store(argmax_ptr + row, tl.where(counted, tl.minimum(inner, outer), -1).to(tl.int64))
 
-    z = _capped(tl.load(logits_ptr + target - head, mask=counted, other=0.0).to(tl.float32), softcap, SOFTCAP)
+    z = capped(tl.load(logits_ptr + target - head, mask=counted, other=0.0).to(tl.float32), softcap, SOFTCAP)
     nll = origin - z + log_sum
     if HAS_WEIGHT:
         nll *= tl.load(weight_ptr + target, mask=counted, other=0.0)
@@ -166,12 +166,12 @@ def _cross_entropy_forward_kernel(
 
 
 @triton.jit
-def _logit_gradient(
+def logit_gradient(
     x, columns, valid, target, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
     HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """slope_p * softmax(z) - slope_target * [column = target] - slope_all * w, times dz/dx."""
-    z = _capped(x, softcap, SOFTCAP)
+    z = capped(x, softcap, SOFTCAP)
     gradient = slope_p * tl.exp2((z - lse) * _LOG2E)
     if SMOOTHING:
         if HAS_WEIGHT:
@@ -222,19 +222,19 @@ def _cross_entropy_backward_kernel(
         weight_ptr += head
         for start in tl.range(0, whole, BLOCK):
             x = tl.load(logits_ptr + start + lane).to(tl.float32)  # (BLOCK,)
-            gradient = _logit_gradient(
+            gradient = logit_gradient(
                 x, start + lane, lane >= 0, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
                 HAS_WEIGHT, SMOOTHING, SOFTCAP,
             )  # fmt: skip
             tl.store(out_ptr + start + lane, gradient.to(out_ptr.dtype.element_ty))
         x = tl.load(logits_ptr + whole + lane, mask=valid, other=0.0).to(tl.float32)
-        gradient = _logit_gradient(
+        gradient = logit_gradient(
             x, whole + lane, valid, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
             HAS_WEIGHT, SMOOTHING, SOFTCAP,
         )  # fmt: skip
         tl.store(out_ptr + whole + lane, gradient.to(out_ptr.dtype.element_ty), mask=valid)
         x = tl.load(logits_ptr + columns - head, mask=exists, other=0.0).to(tl.float32)
-        gradient = _logit_gradient(
+        gradient = logit_gradient(
             x, columns - head, exists, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
             HAS_WEIGHT, SMOOTHING, SOFTCAP,
         )  # fmt: skip
@@ -263,7 +263,7 @@ def _row_stride(tensor: torch.Tensor) -> int:
     return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
 
 
-def _class_weights(logits: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def class_weights(logits: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """fp32 class weights and their sum for the kernels; stand-ins that are never read without weights."""
     if weight is None:
         return logits, logits
@@ -296,7 +296,7 @@ def cross_entropy_forward(
     if N == 0:
         return nll, lse, argmax
     logits, lead = _from_boundary(last_dim_contiguous(logits))
-    weights, weight_sum = _class_weights(logits, weight)
+    weights, weight_sum = class_weights(logits, weight)
     with on_device(logits):
         arch = target_arch()
         config = configs.cross_entropy(arch, logits.dtype, V)
@@ -343,7 +343,7 @@ def cross_entropy_backward(
     target_out, out_lead = _from_boundary(out)
     vector = VECTOR_BYTES // logits.element_size()
     strides = _row_stride(logits), _row_stride(out)
-    weights, weight_sum = _class_weights(logits, weight)
+    weights, weight_sum = class_weights(logits, weight)
     with on_device(logits):
         arch = target_arch()
         config = configs.cross_entropy(arch, logits.dtype, V)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -98,25 +98,56 @@ class LinearCase:
 
 EVERYTHING = {"weighted": True, "label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 4.0}
 
+LINEAR_CASES = [
+    LinearCase("one-by-one", 1, 1, 1, ignored=0.0),
+    LinearCase("one-class", 5, 1, 9, weighted=True, label_smoothing=0.3, z_loss=0.01),
+    LinearCase("no-depth", 6, 11, 0, bias=FP32),
+    LinearCase("small", 9, 7, 5, BF16, bias=BF16),
+    LinearCase("one-tile", 48, 64, 128),
+    LinearCase("one-over", 49, 65, 129, FP16, bias=FP32),
+    LinearCase("several-ranges", 50, 1031, 70, BF16, label_smoothing=0.1),
+    LinearCase("everything", 61, 301, 33, bias=FP32, **EVERYTHING),
+    LinearCase("everything-bf16", 61, 301, 33, BF16, bias=FP32, **EVERYTHING),
+    LinearCase("everything-fp16", 61, 301, 33, FP16, bias=FP16, reduction="mean", **EVERYTHING),
+    LinearCase("mean", 30, 77, 20, reduction="mean", weighted=True, ignored=0.5),
+    LinearCase("ignored-in-range", 30, 7, 20, ignore_index=3, ignored=0.0, reduction="sum"),
+    LinearCase("ninety-percent-ignored", 200, 99, 20, ignored=0.9, reduction="mean"),
+    LinearCase("peaked", 20, 1000, 64, planted=True, spread=1.0),
+    LinearCase("peaked-bf16", 20, 1000, 64, BF16, planted=True, spread=1.0),
+    LinearCase("flat", 20, 1000, 16, spread=0.0, label_smoothing=0.1),
+    LinearCase("plus-minus-1e4", 20, 1000, 16, spread=1e4, bias=FP32),
+    LinearCase("capped-100", 20, 1000, 16, spread=100.0, softcap=30.0),
+    LinearCase("capped-1e4", 20, 1000, 16, spread=1e4, softcap=30.0),
+]
+
 
 # For a worker with Triton's interpreter (triton_interpreter.py).
 
 
 def interpreted_linear_cross_entropy(
-    tensors: dict[str, torch.Tensor], target: torch.Tensor, chunk_bytes: int, options: dict[str, Any]
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """(loss, lse, gradients) of gf.linear_cross_entropy with its logits in chunks of this size."""
-    import gpt4v_fast as gf
-    from gpt4v_fast.kernels import linear_cross_entropy as kernel
+    tensors: dict[str, torch.Tensor],
+    target: torch.Tensor,
+    options: dict[str, Any],
+    constants: dict[str, int],
+    upstream: Sequence[torch.Tensor] | None = None,
+    wanted: Sequence[str] = ("hidden", "weight", "bias"),
+) -> tuple[str, list[torch.Tensor]]:
+    """(the kernel, [loss, lse, z_loss] or, with gradients of the first two, those of the wanted tensors) of
+    gf.linear_cross_entropy on the Triton kernels, with other constants of kernels/configs.py."""
+    from unittest import mock
 
-    leaves = {name: x.requires_grad_() for name, x in tensors.items()}
-    kernel.CHUNK_BYTES = chunk_bytes
-    with gf.force(backend="triton"):
+    import gpt4v_fast as gf
+    from gpt4v_fast.kernels import configs
+
+    leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in tensors.items()}
+    with gf.force(backend="triton"), mock.patch.multiple(configs, **constants):
         choice = gf.explain(gf.linear_cross_entropy, target=target, **leaves, **options)
-        assert (choice.backend, choice.kernel) == ("triton", "kernels.linear_cross_entropy")
+        assert choice.backend == "triton"
         loss, stats = gf.linear_cross_entropy(target=target, **leaves, return_stats=True, **options)
-        gradients = torch.autograd.grad(loss.nan_to_num().sum(), list(leaves.values()))
-    return loss.detach(), stats.lse.detach(), list(gradients)
+        if upstream is None:
+            return choice.kernel, [x.detach() for x in (loss, stats.lse, stats.z_loss)]
+        inputs = [leaves[name] for name in wanted if name in leaves]
+        return choice.kernel, list(torch.autograd.grad([loss, stats.lse], inputs, list(upstream)))
 
 
 def interpreted_bad_labels() -> tuple[torch.Tensor, torch.Tensor, list[str]]:

@@ -26,6 +26,7 @@ from loss_cases import (
     make_labels,
     same_bits,
 )
+from loss_cases import LINEAR_CASES as CASES
 from loss_cases import LinearCase as Case
 from loss_cases import poisoned as poisoned  # a fixture
 
@@ -36,27 +37,6 @@ from gpt4v_fast._native import _C, view
 OPS = torch.ops.gpt4v_fast
 
 
-CASES = [
-    Case("one-by-one", 1, 1, 1, ignored=0.0),
-    Case("one-class", 5, 1, 9, weighted=True, label_smoothing=0.3, z_loss=0.01),
-    Case("no-depth", 6, 11, 0, bias=FP32),
-    Case("small", 9, 7, 5, BF16, bias=BF16),
-    Case("one-tile", 48, 64, 128),
-    Case("one-over", 49, 65, 129, FP16, bias=FP32),
-    Case("several-ranges", 50, 1031, 70, BF16, label_smoothing=0.1),
-    Case("everything", 61, 301, 33, bias=FP32, **EVERYTHING),
-    Case("everything-bf16", 61, 301, 33, BF16, bias=FP32, **EVERYTHING),
-    Case("everything-fp16", 61, 301, 33, FP16, bias=FP16, reduction="mean", **EVERYTHING),
-    Case("mean", 30, 77, 20, reduction="mean", weighted=True, ignored=0.5),
-    Case("ignored-in-range", 30, 7, 20, ignore_index=3, ignored=0.0, reduction="sum"),
-    Case("ninety-percent-ignored", 200, 99, 20, ignored=0.9, reduction="mean"),
-    Case("peaked", 20, 1000, 64, planted=True, spread=1.0),
-    Case("peaked-bf16", 20, 1000, 64, BF16, planted=True, spread=1.0),
-    Case("flat", 20, 1000, 16, spread=0.0, label_smoothing=0.1),
-    Case("plus-minus-1e4", 20, 1000, 16, spread=1e4, bias=FP32),
-    Case("capped-100", 20, 1000, 16, spread=100.0, softcap=30.0),
-    Case("capped-1e4", 20, 1000, 16, spread=1e4, softcap=30.0),
-]
 # Larger than one chunk of tokens, classes or depth, or of fp32 sums of grad_hidden (linear_cross_entropy_backward.h).
 LARGE = [
     Case("chunks", 1100, 1100, 24, bias=FP32, label_smoothing=0.1),

@@ -2,27 +2,28 @@
 
 user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
                                     -> _C.linear_cross_entropy_forward (csrc/kernels/linear_cross_entropy.h)
-                                    or kernels/linear_cross_entropy.py (chunks of torch products and Triton)
+                                    or kernels/linear_cross_entropy.py (Triton; logits stay in registers)
+                                    or kernels/linear_cross_entropy_products.py (small problems: torch products, Triton)
                                     or reference.cross_entropy_core
 With process_group: gpt4v_fast::sharded_linear_cross_entropy, which runs the same on a shard (ops/vocab_parallel.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast._native import _C, threads, view
+from gpt4v_fast.kernels import configs
 from gpt4v_fast.ops import checks, labels, library, vocab_parallel
 from gpt4v_fast.ops.cross_entropy import (
     LOSS_OPTIONS,
     SHARDS,
     LossOptions,
     check_options,
-    describe,
     look_at_labels,
     native_weight,
     reduce_loss,
@@ -56,8 +57,10 @@ def linear_cross_entropy(
 ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
     """`cross_entropy` of the logits hidden @ weight^T + bias, which are never written whole.
 
-    On a CPU the logits are fp32 whatever the inputs are, tokens whose label is ignore_index are dropped
-    before any product, and extra memory is at most 64 MiB beside the gradients for any N and V.
+    The logits are fp32 whatever the inputs are, tokens whose label is ignore_index are dropped before any product, and
+    extra memory is at most 64 MiB beside the gradients for any N and V (on a GPU also beside some numbers per token,
+    and without a synchronisation). Small problems, whose fp32 logits take at most 32 MiB, run on a GPU as products
+    of all tokens, ignored ones too; `explain` says which way a call takes.
 
     Args:
         hidden: (..., E), fp32, bf16 or fp16, any strides. Under autocast, hidden, weight and bias take its
@@ -150,11 +153,26 @@ def prepare(
     return hidden.reshape(target.numel(), E), weight, bias, target, *options, shift, *further
 
 
+_FEW = frozenset({"few logits"})
+
+
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
-    return describe("linear_cross_entropy", prepare(*args, **kwargs)[0])
+    return _describe(*prepare(*args, **kwargs)[:2])
+
+
+def _describe(hidden: torch.Tensor, weight: torch.Tensor) -> backends.Request:
+    few = configs.linear_cross_entropy_by_products(hidden.shape[0], weight.shape[0])
+    return backends.Request("linear_cross_entropy", hidden.device.type, hidden.dtype, _FEW if few else frozenset())
+
+
+def _too_many_logits(request: backends.Request) -> str | None:
+    if request.features >= _FEW:
+        return None
+    return f"the fp32 logits need more than {configs.LINEAR_PRODUCT_BYTES >> 20} MiB"
 
 
 backends.register_kernel("linear_cross_entropy", "cpu", "_C.linear_cross_entropy")
+backends.register_kernel("linear_cross_entropy", "triton", "kernels.linear_cross_entropy_products", _too_many_logits)
 backends.register_kernel("linear_cross_entropy", "triton", "kernels.linear_cross_entropy")
 backends.register_explainer(linear_cross_entropy, _request)
 
@@ -168,7 +186,8 @@ def _linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     *loss_options, shift = rest
     options = LossOptions(*loss_options)
-    backend = backends.pick(describe("linear_cross_entropy", hidden)).backend
+    choice = backends.pick(_describe(hidden, weight))
+    backend = choice.backend
     target = labels.shifted(target, shift, options.ignore_index)
     look_at_labels(target, weight.shape[0], options.ignore_index, backend, shift)
     rows = target.reshape(-1).to(torch.int64)
@@ -180,9 +199,8 @@ def _linear_cross_entropy(
         _C.linear_cross_entropy_forward(*map(view, tensors), *options[1:], *map(view, outputs), threads())
         return nll, lse, argmax, lse_low
     if backend == "triton":
-        from gpt4v_fast.kernels import linear_cross_entropy as kernel
-
-        nll, lse, argmax = kernel.linear_cross_entropy_forward(hidden, weight, bias, rows, **_triton_options(options))
+        forward, _ = _triton_kernels(choice)
+        nll, lse, argmax = forward(hidden, weight, bias, rows, **_triton_options(options))
     else:
         nll, lse, argmax = reference.cross_entropy_core(_logits(hidden, weight, bias), rows, *options)
     return nll, lse, argmax, torch.zeros_like(lse)
@@ -203,7 +221,8 @@ def _linear_cross_entropy_backward(
     """`shard`: lse is that of the whole vocabulary, and weight and bias are some rows of it."""
     *loss_options, shift, of_hidden, of_weight, of_bias = rest
     options = LossOptions(*loss_options)
-    backend = backends.pick(describe("linear_cross_entropy", hidden)).backend
+    choice = backends.pick(_describe(hidden, weight))
+    backend = choice.backend
     rows = labels.shifted(target, shift, options.ignore_index).reshape(-1).to(torch.int64)
     if backend == "cpu":
         grad_hidden, grad_weight, grad_bias = (
@@ -219,9 +238,8 @@ def _linear_cross_entropy_backward(
         further = (lse, lse_low, grad_nll, grad_lse, grad_hidden, grad_weight, grad_bias)
         _C.linear_cross_entropy_backward(*map(view, tensors), *options[1:], *map(view, further), threads())
     elif backend == "triton":
-        from gpt4v_fast.kernels import linear_cross_entropy as kernel
-
-        grad_hidden, grad_weight, grad_bias = kernel.linear_cross_entropy_backward(
+        _, backward = _triton_kernels(choice)
+        grad_hidden, grad_weight, grad_bias = backward(
             grad_nll, grad_lse, hidden, weight, bias, rows, lse,
             of_hidden=of_hidden, of_weight=of_weight, of_bias=of_bias, **_triton_options(options),
         )  # fmt: skip
@@ -234,6 +252,18 @@ def _linear_cross_entropy_backward(
         grad_bias = gradient.sum(dim=0) if of_bias else None
     pairs = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
     return tuple(hidden.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in pairs)
+
+
+def _triton_kernels(choice: backends.Choice) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The launchers forward and backward; imports triton."""
+    if choice.kernel == "kernels.linear_cross_entropy_products":
+        from gpt4v_fast.kernels import linear_cross_entropy_products as products
+
+        return products.linear_cross_entropy_forward, products.linear_cross_entropy_backward
+    from gpt4v_fast.kernels import linear_cross_entropy as fused
+    from gpt4v_fast.kernels import linear_cross_entropy_backward as fused_backward
+
+    return fused.linear_cross_entropy_forward, fused_backward.linear_cross_entropy_backward
 
 
 def _triton_options(options: LossOptions) -> dict[str, Any]:
@@ -317,7 +347,7 @@ def _sharded_linear_cross_entropy(
     options, shards = LossOptions(*loss_options), vocab_parallel.Shards(tuple(sizes), rank, group)
     target = labels.shifted(target, shift, options.ignore_index)
     what = ("linear_cross_entropy", hidden.dtype, hidden.shape[1])
-    backend = backends.pick(describe("linear_cross_entropy", hidden)).backend
+    backend = backends.pick(_describe(hidden, weight)).backend
     functions = (local, logit_at if with_argmax else None)
     return vocab_parallel.forward(*functions, target, options, shards, what, backend, shift)
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
@@ -84,7 +87,8 @@ def compiled_for(arch: str, *modules: Any) -> Iterator[list[CompiledKernel]]:
     target, and hands the old one out unless its cache is emptied, as is done here.
     """
     chip = CHIPS[arch]
-    functions = [f for module in modules for f in vars(module).values() if isinstance(f, triton.runtime.JITFunction)]
+    every = (f for module in modules for f in vars(module).values() if isinstance(f, triton.runtime.JITFunction))
+    functions = list({id(f): f for f in every}.values())  # a module may import another's
     kernels: list[CompiledKernel] = []
     config = triton.runtime.driver
     before = config._active
@@ -104,3 +108,28 @@ def compiled_for(arch: str, *modules: Any) -> Iterator[list[CompiledKernel]]:
         for function in functions:
             function.device_caches.clear()
         config._active = before
+
+
+class DeviceMemory(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made in its block, and refuses what would wait for a device."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._now = self.peak_bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if name in self.WAITS:
+            raise RuntimeError(f"{name} waits for the device")
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not any(r.alias_info for r in function._schema.returns):
+            size = result.untyped_storage().nbytes()
+            self._now += size
+            self.peak_bytes = max(self.peak_bytes, self._now)
+            weakref.finalize(result.untyped_storage(), self._freed, size)
+        return result
+
+    def _freed(self, size: int) -> None:
+        self._now -= size

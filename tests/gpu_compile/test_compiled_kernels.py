@@ -10,7 +10,13 @@ import torch
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 from gpu_compile.stand_in import CHIPS
-from gpu_compile.worker import AttentionLaunch, CrossEntropyLaunch, compiled
+from gpu_compile.worker import (
+    AttentionLaunch,
+    CrossEntropyLaunch,
+    LinearCrossEntropyLaunch,
+    compiled,
+    linear_cross_entropy_memory,
+)
 
 from gpt4v_fast.kernels import configs
 
@@ -52,6 +58,26 @@ ALL_LOSSES = [
         (50257, False, 0.0, None),
         (32000, True, 0.1, None),
         (1000, False, 0.0, 30.0),
+    )
+]
+
+LINEAR_QUICK = [LinearCrossEntropyLaunch("sm_90", "bfloat16", chunked=True)]
+LINEAR_QUICK += [LinearCrossEntropyLaunch(arch, "bfloat16", passes=("forward",)) for arch in ("sm_80", "gfx942")]
+_EVERY_OPTION = {"bias": True, "weighted": True, "label_smoothing": 0.1, "softcap": 30.0, "chunked": True}
+LINEAR_ALL = [
+    LinearCrossEntropyLaunch(arch, dtype, E, **options)
+    for arch in _CHIPS
+    for dtype, E, options in (
+        ("bfloat16", 576, {}),
+        ("bfloat16", 2304, {"chunked": True}),
+        ("bfloat16", 2304, _EVERY_OPTION),
+        ("bfloat16", 577, _EVERY_OPTION),
+        ("bfloat16", 720, {"softcap": 30.0}),
+        ("bfloat16", 580, {"bias": True}),
+        ("float16", 576, {"bias": True, "chunked": True}),
+        ("float32", 576, {"chunked": True}),
+        ("float32", 576, _EVERY_OPTION),
+        ("float32", 577, _EVERY_OPTION),
     )
 ]
 
@@ -99,7 +125,12 @@ def matrix_instruction(launch, kernel: str) -> str:
     """The matrix instruction that a kernel must use, and no other."""
     if launch.dtype == "float32" and launch.arch != "gfx942":
         return r"HMMA|HGMMA|UTC\w*MMA"  # tf32, by whichever unit takes its tiles
-    if launch.D > 128 and "dkdv" in kernel and launch.arch in ("sm_90", "sm_100"):
+    if (
+        isinstance(launch, AttentionLaunch)
+        and launch.D > 128
+        and "dkdv" in kernel
+        and launch.arch in ("sm_90", "sm_100")
+    ):
         return r"HMMA\."  # see the table in configs.py: two accumulators of 64 rows by 256 do not fit a warp group
     return MATRIX[launch.arch]
 
@@ -151,6 +182,61 @@ def test_cross_entropy(launch):
                 assert not narrow, f"{about}: narrow accesses in the loop over a row: {narrow}"
 
 
+LINEAR_KERNELS = {
+    "forward": ("_rows", "_forward", "_merge"),
+    "backward": ("_gradient", "_grad_hidden", "_grad_weight", "_grad_bias"),
+}
+_WITHOUT_PRODUCT = ("_rows", "_merge", "_grad_bias")
+ATOMICS = r"ATOM|RED\.|\w+_atomic_|CAS|CCTL"
+STORES = r"STG|ST\.|global_store|buffer_store|flat_store"
+EXPONENTIALS = r"MUFU\.EX2|v_exp_f32"
+
+
+@pytest.mark.parametrize("launch", _with_slow(LINEAR_QUICK, LINEAR_ALL), ids=str)
+def test_linear_cross_entropy(launch):
+    """No spills, matrix instructions in every product, and no atomic anywhere, so that nobody spins on a lock."""
+    kernels = _facts(launch)
+    wanted = [name for part in launch.passes for name in LINEAR_KERNELS[part]]
+    wanted = [f"_linear_cross_entropy{name}_kernel" for name in wanted if launch.bias or name != "_grad_bias"]
+    assert set(kernels) == set(wanted)
+    for name, facts in kernels.items():
+        about = f"{name} for {launch}: {facts.registers} registers, {facts.num_warps} warps"
+        assert facts.spill_bytes == 0, f"{about}: {facts.spill_bytes} bytes of stack a thread"
+        assert facts.count(LOCAL_MEMORY) == 0, about
+        assert facts.shared_bytes <= CHIPS[launch.arch].shared_bytes, f"{about}: {facts.shared_bytes} bytes shared"
+        assert facts.count(ATOMICS) == 0, f"{about}: atomics"
+        if not name.startswith(tuple(f"_linear_cross_entropy{x}_kernel" for x in _WITHOUT_PRODUCT)):
+            assert facts.main_loops, f"{about}: no loop with matrix instructions"
+            for loop in facts.main_loops:
+                assert loop.count(matrix_instruction(launch, name)) == loop.matrix, (
+                    f"{about}: other matrix instructions"
+                )
+
+
+@pytest.mark.parametrize("launch", _with_slow(LINEAR_QUICK, LINEAR_ALL), ids=str)
+def test_logits_are_never_stored(launch):
+    """Forward stores a few numbers per token behind its loops: far fewer elements than a tile has, none in a loop."""
+    facts = _facts(launch)["_linear_cross_entropy_forward_kernel"]
+    tile = configs.linear_cross_entropy(launch.arch, getattr(torch, launch.dtype), launch.E, launch.is_rich).forward
+    looping = [loop for loop in facts.loops if loop.matrix or loop.count(EXPONENTIALS)]
+    assert sum(loop.count(EXPONENTIALS) for loop in looping) > 0
+    assert all(loop.count(STORES) == 0 for loop in looping)
+    lanes = facts.num_warps * CHIPS[launch.arch].target.warp_size
+    assert 4 * facts.count(STORES) * lanes < tile.block_m * tile.block_v  # were each of four words
+
+
+@pytest.mark.parametrize(
+    "arch, N, V, E, bias",
+    [("sm_90", 8192, 128_256, 4096, False), pytest.param("sm_80", 65_536, 32_000, 576, True, marks=pytest.mark.slow)],
+)
+def test_linear_cross_entropy_needs_no_memory_and_no_wait(arch, N, V, E, bias):
+    """The launchers at full size, on tensors nobody touches: 64 MiB beside gradients and 64 bytes a token."""
+    forward, backward = linear_cross_entropy_memory(arch, N, V, E, bias).result(timeout=280)
+    gradients = 2 * E * (N + V) + (4 * V if bias else 0)
+    assert forward <= (16 << 20) + 64 * N
+    assert gradients < backward <= gradients + (64 << 20) + 64 * N
+
+
 def test_a_kernel_for_another_chip_is_noticed():
     """The stand-in must not pass off what was compiled for one target as compiled for the next."""
     facts = {arch: _facts(AttentionLaunch(arch, "bfloat16", 64))["_attention_forward_kernel"] for arch in CHIPS_QUICK}
@@ -167,6 +253,12 @@ def test_every_device_has_an_entry(arch):
             assert config.forward.block_n % config.forward.masked == 0
             assert config.backward_dq.block_n % config.backward_dq.masked == 0
             assert config.backward_dkdv.block_m % config.backward_dkdv.masked == 0
+        for E, rich in ((64, False), (64, True), (33, False), (72, True)):
+            config = configs.linear_cross_entropy(arch, dtype, E, rich)
+            assert config.gradient.block_m % config.grad_weight.block_m == 0
+            (sweep,) = configs.linear_cross_entropy_sweeps(5, 7, E, dtype.itemsize, True, True, True, config)
+            for tile in (config.gradient, config.grad_hidden, config.grad_weight):
+                assert sweep.tokens % tile.block_m == 0 and sweep.classes % tile.block_v == 0
         for vocabulary in (1, 1000, 50257):
             config = configs.cross_entropy(arch, dtype, vocabulary)
             assert config.num_warps >= 1 and config.block & (config.block - 1) == 0

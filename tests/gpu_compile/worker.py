@@ -54,8 +54,8 @@ class AttentionLaunch:
             attention.attention_backward(out, q, k, v, out, lse, **options)
 
     @property
-    def module(self) -> str:
-        return "attention"
+    def modules(self) -> tuple[str, ...]:
+        return ("attention",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +88,91 @@ class CrossEntropyLaunch:
         cross_entropy.cross_entropy_backward(row, row, logits, target, row, **options, out=logits)
 
     @property
-    def module(self) -> str:
-        return "cross_entropy"
+    def modules(self) -> tuple[str, ...]:
+        return ("cross_entropy",)
 
 
-Launch = AttentionLaunch | CrossEntropyLaunch
+@dataclasses.dataclass(frozen=True)
+class LinearCrossEntropyLaunch:
+    """Forward and backward, all gradients; `chunked`: with sums that go on from chunk to chunk."""
+
+    arch: str
+    dtype: str
+    E: int = 576
+    bias: bool = False
+    weighted: bool = False
+    label_smoothing: float = 0.0
+    softcap: float | None = None
+    chunked: bool = False
+    passes: tuple[str, ...] = ("forward", "backward")
+
+    def __str__(self) -> str:
+        extras = [n for n in ("bias", "weighted", "label_smoothing", "softcap", "chunked") if getattr(self, n)]
+        passes = self.passes if len(self.passes) == 1 else ()
+        return "-".join([self.arch, self.dtype, f"e{self.E}", *extras, *passes])
+
+    @property
+    def is_rich(self) -> bool:
+        return self.bias or self.weighted or self.label_smoothing > 0 or self.softcap is not None
+
+    def run(self) -> None:
+        import unittest.mock
+
+        import torch
+
+        from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_backward
+
+        dtype = getattr(torch, self.dtype)
+        hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(3072, self.E, dtype=dtype)
+        target, row = torch.zeros(384, dtype=torch.int64), torch.zeros(384)
+        bias = torch.zeros(3072) if self.bias else None
+        options: dict[str, Any] = {
+            "class_weight": torch.ones(3072) if self.weighted else None,
+            "ignore_index": -100,
+            "label_smoothing": self.label_smoothing,
+            "softcap": self.softcap,
+        }
+        if "forward" in self.passes:
+            linear_cross_entropy.linear_cross_entropy_forward(hidden, weight, bias, target, **options)
+        if "backward" in self.passes:
+            tokens, classes = (128, 1024) if self.chunked else (configs.CHUNK_TOKENS, 3072)
+            sizes = {"CHUNK_TOKENS": tokens, "GRADIENT_BYTES": tokens * classes * dtype.itemsize}
+            with unittest.mock.patch.multiple(configs, **sizes):
+                linear_cross_entropy_backward.linear_cross_entropy_backward(
+                    row, row, hidden, weight, bias, target, row, of_hidden=True, of_weight=True, of_bias=True, **options
+                )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        return ("linear_cross_entropy", "linear_cross_entropy_backward")
+
+
+def linear_cross_entropy_memory(arch: str, N: int, V: int, E: int, bias: bool) -> concurrent.futures.Future[Any]:
+    """A future of (forward's, backward's) most bytes of tensors at a time, results among them, at sizes that only exist
+    as addresses: kernels are compiled and not run. Raises where a launcher reads a number of the device."""
+    return _pool().submit(_linear_cross_entropy_memory, arch, N, V, E, bias)
+
+
+def _linear_cross_entropy_memory(arch: str, N: int, V: int, E: int, bias: bool) -> tuple[int, int]:
+    import torch
+    from gpu_compile.stand_in import DeviceMemory, compiled_for
+
+    from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_backward
+
+    hidden, weight = (torch.empty(n, E, dtype=torch.bfloat16) for n in (N, V))
+    target, row, biases = torch.empty(N, dtype=torch.int64), torch.empty(N), torch.empty(V) if bias else None
+    options: dict[str, Any] = {"class_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "softcap": None}
+    with compiled_for(arch, linear_cross_entropy, linear_cross_entropy_backward):
+        with DeviceMemory() as forward:
+            linear_cross_entropy.linear_cross_entropy_forward(hidden, weight, biases, target, **options)
+        with DeviceMemory() as backward:
+            linear_cross_entropy_backward.linear_cross_entropy_backward(
+                row, row, hidden, weight, biases, target, row, of_hidden=True, of_weight=True, of_bias=bias, **options
+            )
+    return forward.peak_bytes, backward.peak_bytes
+
+
+Launch = AttentionLaunch | CrossEntropyLaunch | LinearCrossEntropyLaunch
 
 
 @functools.cache
@@ -121,8 +201,8 @@ def _compile(launch: Launch) -> dict[str, Any]:
     from gpu_compile.readback import facts
     from gpu_compile.stand_in import compiled_for
 
-    module = importlib.import_module(f"gpt4v_fast.kernels.{launch.module}")
-    with compiled_for(launch.arch, module) as kernels:
+    modules = [importlib.import_module(f"gpt4v_fast.kernels.{name}") for name in launch.modules]
+    with compiled_for(launch.arch, *modules) as kernels:
         launch.run()
     found: dict[str, Any] = {}
     for kernel in kernels:

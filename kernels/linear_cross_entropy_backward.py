@@ -1,0 +1,389 @@
+"""Gradients of the projection to the vocabulary and its cross-entropy in Triton, from hidden, weight and lse.
+
+    G = gradient of the logits;   dh = G weight,   dW = G^T hidden,   db = sum of G over tokens
+
+Logits are computed again in registers and turned into G there; what is written is G alone, in hidden's dtype, for a
+chunk of tokens and classes of at most configs.GRADIENT_BYTES, which the two products then read. Rejected: no G at all.
+A product's sums over all E columns do not fit registers, so each piece of 256 columns would need logits of its own:
+2 N V E (E / 256) flops more for each of the two products, where G costs 6 bytes a logit. Rejected too: atomics in place
+of chunks (cut cross-entropy), whose sums differ from run to run.
+
+In fp16 G is scaled by a power of two, or small probabilities would be subnormal there. Sums over several chunks are
+fp32: a 16-bit gradient holds their upper half until the last chunk, a scratch tensor the lower.
+`configs.linear_cross_entropy_sweeps` bounds all scratch. Tokens that do not count are in no product.
+Flops: 6 C V E for C counted tokens, 8 where hidden's and weight's gradients need a sweep of their own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels.common import launch_options, on_device, target_arch
+from gpt4v_fast.kernels.cross_entropy import class_weights, logit_gradient
+from gpt4v_fast.kernels.linear_cross_entropy import Inputs, grouped, inputs, list_rows, logits_tile, row_stride
+from gpt4v_fast.kernels.linear_cross_entropy_products import gradient_scales
+
+# Launchers give the classes of a chunk in these, so that the compiler knows that rows of G begin on 16 bytes.
+_VECTOR = tl.constexpr(16)
+_BIAS_BLOCK = 128  # classes of a program that adds up the bias gradient
+
+
+@triton.jit(do_not_specialize=["V", "first_slot", "first_class", "tokens", "vectors"])
+def _linear_cross_entropy_gradient_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, rows_ptr, counts_ptr,
+    lse_ptr, grad_nll_ptr, grad_lse_ptr, scale_ptr, gradient_ptr, bias_sums_ptr,
+    stride_hidden, stride_weight, depth, V, first_slot, first_class, tokens, vectors, smoothing, softcap,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, BIAS_SUMS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """G of a tile of a chunk, zeros for tokens and classes that there are not, and its sums over the tile's tokens."""
+    classes = vectors * _VECTOR
+    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
+    n_blocks = tl.cdiv(tl.maximum(live, 0), BLOCK_M)
+    program = tl.program_id(0)
+    if program >= n_blocks * (classes // BLOCK_V):
+        return
+    block, tile = grouped(program, n_blocks, classes // BLOCK_V, GROUP)
+    slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = tl.load(rows_ptr + first_slot + tl.minimum(slots, live - 1))
+    columns = first_class + tile * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = logits_tile(
+        hidden_ptr, weight_ptr, bias_ptr, rows, columns, stride_hidden, stride_weight, depth, V,
+        BLOCK_E, UNIT, EVEN_E, HAS_BIAS, PRECISION,
+    )  # fmt: skip
+    target = tl.load(target_ptr + rows).to(tl.int32)
+    grad_nll = tl.load(grad_nll_ptr + rows)
+    slope_target = grad_nll
+    slope_p = grad_nll
+    slope_all = tl.zeros((BLOCK_M,), tl.float32)
+    if HAS_WEIGHT:
+        slope_target *= tl.load(class_weight_ptr + target)
+        slope_p = slope_target
+    if SMOOTHING:
+        weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
+        slope_target *= 1.0 - smoothing
+        slope_all = grad_nll * (smoothing / V)
+        slope_p = slope_target + slope_all * weights
+    slope_p += tl.load(grad_lse_ptr + rows)
+    gradient = logit_gradient(
+        x, columns[None, :], (columns < V)[None, :], target[:, None], tl.load(lse_ptr + rows)[:, None],
+        slope_p[:, None], slope_target[:, None], slope_all[:, None], class_weight_ptr, softcap,
+        HAS_WEIGHT, SMOOTHING, SOFTCAP,
+    )  # fmt: skip
+    gradient = tl.where((slots < live)[:, None] & (columns < V)[None, :], gradient, 0.0)  # (BLOCK_M, BLOCK_V)
+    if BIAS_SUMS:
+        place = tl.cast(block, tl.int64) * classes + tile * BLOCK_V
+        tl.store(bias_sums_ptr + place + tl.arange(0, BLOCK_V), tl.sum(gradient, 0))
+    if SCALED:
+        gradient *= tl.load(scale_ptr)
+    place = tl.cast(block * BLOCK_M, tl.int64) * classes + tile * BLOCK_V
+    offsets = tl.arange(0, BLOCK_M)[:, None] * classes + tl.arange(0, BLOCK_V)[None, :]
+    tl.store(gradient_ptr + place + offsets, gradient.to(gradient_ptr.dtype.element_ty))
+
+
+@triton.jit(do_not_specialize=["V", "first_slot", "first_class", "tokens", "classes"])
+def _linear_cross_entropy_grad_bias_kernel(
+    bias_sums_ptr, counts_ptr, grad_bias_ptr, V, first_slot, first_class, tokens, classes,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grad_bias += the sums of a chunk's blocks of TOKENS tokens, in their order; NaN where a label is bad."""
+    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = (columns < classes) & (first_class + columns < V)
+    sums = tl.load(grad_bias_ptr + first_class + columns, mask=exists, other=0.0)
+    for block in tl.range(0, tl.cdiv(tl.maximum(live, 0), TOKENS)):
+        sums += tl.load(bias_sums_ptr + tl.cast(block, tl.int64) * classes + columns, mask=exists, other=0.0)
+    sums = tl.where(tl.load(counts_ptr + 1) > 0, float("nan"), sums)
+    tl.store(grad_bias_ptr + first_class + columns, sums, mask=exists)
+
+
+@triton.jit
+def _earlier_sums(out_ptr, upper_ptr, lower_ptr, out_places, lower_places, mask, HALVES: tl.constexpr):
+    """The fp32 sums that `_keep_sums` left."""
+    if HALVES:
+        upper = tl.load(upper_ptr + out_places, mask=mask, other=0).to(tl.int32)
+        lower = tl.load(lower_ptr + lower_places, mask=mask, other=0).to(tl.int32)
+        return ((upper << 16) | (lower & 0xFFFF)).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(out_ptr + out_places, mask=mask, other=0.0)
+
+
+@triton.jit
+def _keep_sums(sums, out_ptr, upper_ptr, lower_ptr, out_places, lower_places, mask, HALVES: tl.constexpr):
+    """Sums for the next chunk: in the gradient itself, or half in its 16 bits (upper_ptr is out_ptr), half beside."""
+    if HALVES:
+        bits = sums.to(tl.int32, bitcast=True)
+        tl.store(upper_ptr + out_places, (bits >> 16).to(tl.int16), mask=mask)
+        tl.store(lower_ptr + lower_places, bits.to(tl.int16), mask=mask)
+    else:
+        tl.store(out_ptr + out_places, sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=["N", "V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
+def _linear_cross_entropy_grad_hidden_kernel(
+    gradient_ptr, weight_ptr, target_ptr, rows_ptr, counts_ptr, scale_ptr, out_ptr, upper_ptr, lower_ptr,
+    stride_weight, depth, N, V, first_slot, first_class, tokens, vectors, ignore_index, is_first, is_last,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    SEVERAL: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """grad_hidden of a block of tokens and of columns: (+)= G weight over a chunk of classes.
+
+    Tokens that do not count get what their label says, 0 or NaN, from the last chunk.
+    """
+    E = depth * UNIT
+    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
+    classes = vectors * _VECTOR
+    block, column = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(E, BLOCK_E), GROUP)
+    slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
+    exists = (slots < tokens) & (first_slot + slots < N)
+    rows = tl.load(rows_ptr + first_slot + slots, mask=exists, other=0)
+    mask = exists[:, None] & (columns < E)[None, :]
+    out_places = (rows * E)[:, None] + columns[None, :]
+    lower_places = (slots.to(tl.int64) * E)[:, None] + columns[None, :]
+    inner = tl.arange(0, BLOCK_V)
+    gradient_tile = gradient_ptr + ((slots.to(tl.int64) * classes)[:, None] + inner[None, :])  # (BLOCK_M, BLOCK_V)
+    first_row = (first_class + inner) * row_stride(stride_weight, UNIT)
+    weight_tile = weight_ptr + (first_row[:, None] + columns[None, :])  # (BLOCK_V, BLOCK_E)
+    stop = tl.where(block * BLOCK_M < live, tl.minimum(classes, V - first_class), 0)
+    counted = (slots < live)[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
+    if SEVERAL:
+        earlier = tl.where(is_first == 0, mask & counted, False)
+        sums = _earlier_sums(out_ptr, upper_ptr, lower_ptr, out_places, lower_places, earlier, HALVES)
+    for start in tl.range(0, stop, BLOCK_V):
+        g = tl.load(gradient_tile)
+        exists_here = (inner < stop - start)[:, None]
+        if not EVEN_E:
+            exists_here = exists_here & (columns < E)[None, :]
+        sums = tl.dot(g, tl.load(weight_tile, mask=exists_here, other=0.0), sums, input_precision=PRECISION)
+        gradient_tile += BLOCK_V
+        weight_tile += row_stride(stride_weight, UNIT) * BLOCK_V
+    if SEVERAL:
+        kept = tl.where(is_last == 0, mask & counted, False)
+        _keep_sums(sums, out_ptr, upper_ptr, lower_ptr, out_places, lower_places, kept, HALVES)
+        mask = tl.where(is_last == 0, False, mask)
+    if SCALED:
+        sums *= tl.load(scale_ptr + 1)
+    target = tl.load(target_ptr + rows, mask=exists, other=0)
+    elsewise = tl.where(target == ignore_index, 0.0, float("nan"))
+    sums = tl.where(counted, sums, elsewise[:, None])
+    tl.store(out_ptr + out_places, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
+def _linear_cross_entropy_grad_weight_kernel(
+    gradient_ptr, hidden_ptr, rows_ptr, counts_ptr, scale_ptr, out_ptr, upper_ptr, lower_ptr,
+    stride_hidden, depth, V, first_slot, first_class, tokens, vectors, is_first, is_last,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
+    UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
+    SEVERAL: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """grad_weight of a block of classes and of columns: (+)= G^T hidden over the counted tokens of a chunk.
+
+    A bad label makes all of it NaN: its token's gradient is, and every class's sum has it.
+    """
+    E = depth * UNIT
+    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
+    classes = vectors * _VECTOR
+    block, column = grouped(tl.program_id(0), classes // BLOCK_V, tl.cdiv(E, BLOCK_E), GROUP)
+    places = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
+    mask = (first_class + places < V)[:, None] & (columns < E)[None, :]
+    out_places = ((first_class + places).to(tl.int64) * E)[:, None] + columns[None, :]
+    lower_places = (places.to(tl.int64) * E)[:, None] + columns[None, :]
+    inner = tl.arange(0, BLOCK_M)
+    gradient_tile = gradient_ptr + (inner[:, None] * classes + places[None, :])  # (BLOCK_M, BLOCK_V)
+    sums = tl.zeros((BLOCK_V, BLOCK_E), tl.float32)
+    if SEVERAL:
+        earlier = tl.where(is_first == 0, mask, False)
+        sums = _earlier_sums(out_ptr, upper_ptr, lower_ptr, out_places, lower_places, earlier, HALVES)
+    for start in tl.range(0, live, BLOCK_M):
+        g = tl.load(gradient_tile)
+        # Tokens behind the last one have zeros in G; they repeat it.
+        rows = tl.load(rows_ptr + first_slot + tl.minimum(start + inner, live - 1)) * row_stride(stride_hidden, UNIT)
+        if EVEN_E:
+            h = tl.load(hidden_ptr + (rows[:, None] + columns[None, :]))  # (BLOCK_M, BLOCK_E)
+        else:
+            h = tl.load(hidden_ptr + (rows[:, None] + columns[None, :]), mask=(columns < E)[None, :], other=0.0)
+        sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
+        gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
+    if SEVERAL:
+        kept = tl.where(is_last == 0, mask, False)
+        _keep_sums(sums, out_ptr, upper_ptr, lower_ptr, out_places, lower_places, kept, HALVES)
+        mask = tl.where(is_last == 0, False, mask)
+    if SCALED:
+        sums *= tl.load(scale_ptr + 1)
+    sums = tl.where(tl.load(counts_ptr + 1) > 0, float("nan"), sums)
+    tl.store(out_ptr + out_places, sums.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What all launches of one backward pass share."""
+
+    tensors: Inputs
+    bias: torch.Tensor
+    target: torch.Tensor
+    class_weight: torch.Tensor
+    weight_sum: torch.Tensor
+    rows: torch.Tensor
+    counts: torch.Tensor
+    rows_of: tuple[torch.Tensor, ...]  # lse, grad_nll and grad_lse
+    scales: torch.Tensor  # of G in fp16, and its inverse
+    numbers: tuple[float, float]  # label_smoothing, softcap
+    ignore_index: int
+    config: configs.LinearCrossEntropyConfig
+    flags: dict[str, Any]  # of the kernel that makes G
+    options: dict[str, Any]  # of every launch
+
+
+def linear_cross_entropy_backward(
+    grad_nll: torch.Tensor,
+    grad_lse: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    of_hidden: bool,
+    of_weight: bool,
+    of_bias: bool,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of hidden and weight (their dtype) and of bias (fp32); None for one that is not asked for.
+
+    lse as `linear_cross_entropy_forward` gave it. A token whose label is ignore_index gets zeros. One whose label is
+    outside [0, V) gets NaN, and so do weight and bias, which sum over it.
+    """
+    (N, E), V = hidden.shape, weight.shape[0]
+    of_bias = of_bias and bias is not None
+    grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
+    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if of_weight else None
+    grad_bias = hidden.new_zeros(V, dtype=torch.float32) if of_bias else None
+    if N == 0:
+        return grad_hidden, None if grad_weight is None else grad_weight.zero_(), grad_bias
+    target = target.contiguous()
+    weights, weight_sum = class_weights(hidden, class_weight)
+    with on_device(hidden):
+        arch = target_arch()
+        rich = label_smoothing != 0.0 or any(x is not None for x in (bias, class_weight, softcap))
+        config = configs.linear_cross_entropy(arch, hidden.dtype, E, rich)
+        tensors = inputs(hidden, weight)
+        scales = gradient_scales(grad_nll, grad_lse, hidden, target, class_weight, ignore_index)
+        call = _Call(
+            tensors, hidden if bias is None else bias.to(torch.float32).contiguous(), target, weights, weight_sum,
+            *list_rows(target, V, ignore_index, arch),
+            tuple(x.to(torch.float32).contiguous() for x in (lse, grad_nll, grad_lse)),
+            hidden if scales is None else scales, (label_smoothing, softcap or 0.0), ignore_index, config,
+            {
+                "HAS_BIAS": bias is not None, "HAS_WEIGHT": class_weight is not None,
+                "SMOOTHING": label_smoothing != 0.0, "SOFTCAP": softcap is not None,
+            },
+            {
+                "SCALED": scales is not None, "UNIT": tensors.unit,
+                "PRECISION": configs.dot_precision(arch, hidden.dtype),
+                **launch_options(arch),
+            },
+        )  # fmt: skip
+        sizes = (N, V, E, hidden.element_size())
+        for sweep in configs.linear_cross_entropy_sweeps(*sizes, of_hidden, of_weight, of_bias, config):
+            _sweep(
+                call, sweep,
+                grad_hidden if sweep.of_hidden else None, grad_weight if sweep.of_weight else None,
+                grad_bias if sweep.of_bias else None,
+            )  # fmt: skip
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _sweep(
+    call: _Call,
+    sweep: configs.Sweep,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+    grad_bias: torch.Tensor | None,
+) -> None:
+    """Adds the chunks of one sweep up in the gradients that are given."""
+    hidden, weight = call.tensors.hidden, call.tensors.weight
+    (N, E), V, config = hidden.shape, weight.shape[0], call.config
+    gradient = hidden.new_empty(sweep.tokens * sweep.classes)
+    bias_sums = hidden.new_empty(sweep.tokens // config.gradient.block_m * sweep.classes, dtype=torch.float32)
+    lower_hidden, lower_weight = (hidden.new_empty(n, E, dtype=torch.int16) for n in sweep.lower_halves)
+    for first_slot, first_class in sweep.chunks:
+        tokens = min(sweep.tokens, N - first_slot)
+        classes = sweep.rounded(min(sweep.classes, V - first_class))
+        chunk = (first_slot, first_class, tokens, classes)
+        _launch_gradient(call, chunk, gradient, bias_sums, grad_bias)
+        if grad_hidden is not None:
+            lower = lower_hidden[first_slot if sweep.keeps_all_tokens else 0 :]
+            ends = first_class == 0, first_class + classes >= V
+            _launch_grad_hidden(call, chunk, ends, gradient, grad_hidden, lower)
+        if grad_weight is not None:
+            ends = first_slot == 0, first_slot + tokens >= N
+            _launch_grad_weight(call, chunk, ends, gradient, grad_weight, lower_weight)
+
+
+_Chunk = tuple[int, int, int, int]  # first token of the list, first class, tokens, classes
+
+
+def _launch_gradient(
+    call: _Call, chunk: _Chunk, gradient: torch.Tensor, bias_sums: torch.Tensor, grad_bias: torch.Tensor | None
+) -> None:
+    tile, tensors = call.config.gradient, call.tensors
+    V, (first_slot, first_class, tokens, classes) = tensors.weight.shape[0], chunk
+    _linear_cross_entropy_gradient_kernel[(-(-tokens // tile.block_m) * (classes // tile.block_v),)](
+        tensors.hidden, tensors.weight, call.bias, call.target, call.class_weight, call.weight_sum, call.rows,
+        call.counts, *call.rows_of, call.scales, gradient, bias_sums,
+        tensors.stride_hidden, tensors.stride_weight, tensors.depth,
+        V, first_slot, first_class, tokens, classes // _VECTOR.value, *call.numbers,
+        **tile.blocks, EVEN_E=tensors.hidden.shape[1] % tile.block_e == 0, BIAS_SUMS=grad_bias is not None,
+        **call.flags, **tile.launch_options, **call.options,
+    )  # fmt: skip
+    if grad_bias is not None:
+        options = {name: value for name, value in call.options.items() if not name.isupper()}
+        _linear_cross_entropy_grad_bias_kernel[(-(-classes // _BIAS_BLOCK),)](
+            bias_sums, call.counts, grad_bias, V, first_slot, first_class, tokens, classes,
+            TOKENS=tile.block_m, BLOCK=_BIAS_BLOCK, num_warps=4, **options,
+        )  # fmt: skip
+
+
+def _launch_grad_hidden(
+    call: _Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
+) -> None:
+    tile, tensors = call.config.grad_hidden, call.tensors
+    (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
+    halves = out.element_size() == 2
+    _linear_cross_entropy_grad_hidden_kernel[(-(-chunk[2] // tile.block_m) * -(-E // tile.block_e),)](
+        gradient, tensors.weight, call.target, call.rows, call.counts, call.scales, out,
+        out.view(torch.int16) if halves else out, lower, tensors.stride_weight, tensors.depth,
+        N, V, *chunk[:3], chunk[3] // _VECTOR.value, call.ignore_index, *map(int, ends),
+        **tile.blocks, EVEN_E=E % tile.block_e == 0, SEVERAL=ends != (True, True), HALVES=halves,
+        **tile.launch_options, **call.options,
+    )  # fmt: skip
+
+
+def _launch_grad_weight(
+    call: _Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
+) -> None:
+    tile, tensors = call.config.grad_weight, call.tensors
+    V, E = tensors.weight.shape
+    halves = out.element_size() == 2
+    _linear_cross_entropy_grad_weight_kernel[(chunk[3] // tile.block_v * -(-E // tile.block_e),)](
+        gradient, tensors.hidden, call.rows, call.counts, call.scales, out,
+        out.view(torch.int16) if halves else out, lower, tensors.stride_hidden, tensors.depth,
+        V, *chunk[:3], chunk[3] // _VECTOR.value, *map(int, ends),
+        **tile.blocks, EVEN_E=E % tile.block_e == 0, SEVERAL=ends != (True, True), HALVES=halves,
+        **tile.launch_options, **call.options,
+    )  # fmt: skip
