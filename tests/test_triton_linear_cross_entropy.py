@@ -84,7 +84,11 @@ def check(case: Case, constants: dict[str, int] = FUSED, **further: object) -> N
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("case", LINEAR_CASES, ids=lambda case: case.name)
+QUICK = ("one-by-one", "no-depth", "everything", "everything-bf16", "ninety-percent-ignored", "peaked-bf16")
+CASES = [pytest.param(x, marks=() if x.name in QUICK else pytest.mark.slow, id=x.name) for x in LINEAR_CASES]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients(case):
     check(case)
 
@@ -92,12 +96,12 @@ def test_outputs_and_gradients(case):
 CHUNKS = [
     Case("fp32", 100, 150, 33, bias=FP32),
     Case("bf16", 100, 150, 33, BF16, bias=FP32, **EVERYTHING),
-    Case("fp16", 100, 150, 33, FP16),
+    pytest.param(Case("fp16", 100, 150, 33, FP16), marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize("constants", [ONE_SWEEP, TWO_SWEEPS], ids=["one-sweep", "two-sweeps"])
-@pytest.mark.parametrize("case", CHUNKS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", CHUNKS, ids=["fp32", "bf16", "fp16"])
 def test_sums_over_several_chunks(case, constants):
     check(case, constants)
 
@@ -108,7 +112,8 @@ def test_products_of_a_small_problem(dtype, everything):
     check(Case("", 30, 90, 16, dtype, **({"bias": FP32, **EVERYTHING} if everything else {})), PRODUCTS)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 70),
     V=st.integers(1, 300),
