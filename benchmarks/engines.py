@@ -92,6 +92,7 @@ def openvino(problem: Problem) -> Run:
                 # under the hint f16: wrong by check.py in five of the six shapes of test_benchmark_peers.py.
                 "INFERENCE_PRECISION_HINT": "bf16" if problem.q.dtype == torch.bfloat16 else "f32",
                 "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "ENABLE_CPU_PINNING": False,  # as for the others, and what is pinned would stay so beside them
             }
             candidates[f"{name}{mask_name}, {hint}"] = _ov_candidate(
                 ov, ops, problem, graph, mask, options, "folded" in name

@@ -95,8 +95,24 @@ def summary_text(record: Mapping[str, Any]) -> str:
         for r in results
         if r["ratio"] is not None and r["ratio"] < 1 - SAME
     ]
-    lines += [f"  {line}" for line in curve_lines(results)]
+    lines += [f"  {line}" for line in [*memory_lines(results), *curve_lines(results)]]
     return "\n".join(lines)
+
+
+def memory_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Our largest extra memory beside the logits that linear losses do not write, and the least ratio of the two."""
+    found = [
+        (row["extra_bytes"], 4 * r["shape"]["N"] * r["shape"]["V"])
+        for r in results
+        if r["op"] == "linear_cross_entropy"
+        for row in r["contenders"]
+        if row["ours"] and row["extra_bytes"] is not None
+    ]
+    if not found:
+        return []
+    least = min(logits / max(extra, 1) for extra, logits in found)
+    most = _bytes(max(found)[0])
+    return [f"linear_cross_entropy: at most {most} memory; logits in fp32 are at least {least:.3g} times it"]
 
 
 def curve_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:

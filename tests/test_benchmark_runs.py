@@ -269,6 +269,15 @@ class TestReport:
         assert f"it grows at most {growth} times as much as share" in line
         assert "10.0 MiB extra memory at 1 to" in line
 
+    def test_the_losses_memory_stands_beside_the_logits(self):
+        def result(extra, N):
+            rows = [{"ours": True, "extra_bytes": extra}, {"ours": False, "extra_bytes": 1}]
+            return {"op": "linear_cross_entropy", "shape": {"N": N, "V": 2**18}, "contenders": rows}
+
+        lines = report.memory_lines([result(2 * 2**20, 16), result(3 * 2**20, 48), result(None, 1)])
+        assert lines == ["linear_cross_entropy: at most 3.0 MiB extra memory; logits in fp32 are at least 8 times it"]
+        assert report.memory_lines([result(None, 1)]) == []
+
     def test_curves_are_drawn(self):
         images = plots.html_images("attention", self.points([(0.5, 1.0), (1.0, 2.0)], extra=2**20))
         assert len(images) == 1 and 'alt="attention by mask, bf16 forward"' in images[0]
