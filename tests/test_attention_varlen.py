@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
-from gpt4v_fast.ops.attention import draw_seed
+from gpt4v_fast.ops.attention_arguments import draw_seed
 from gpt4v_fast.ops.attention_varlen import prepare
 
 pytestmark = pytest.mark.usefixtures("poisoned")

@@ -10,7 +10,7 @@ from gpt4v_fast import backends, reference
 from gpt4v_fast._native import _C, threads
 from gpt4v_fast.masks import check_window
 from gpt4v_fast.ops import checks, library
-from gpt4v_fast.ops.attention import check_sinks
+from gpt4v_fast.ops.attention_arguments import check_sinks
 
 _MANY_ROWS = "more rows per key head than a decoding step's"
 

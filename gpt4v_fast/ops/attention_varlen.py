@@ -10,17 +10,14 @@ from gpt4v_fast import backends, reference
 from gpt4v_fast._native import _C, last_dim_contiguous
 from gpt4v_fast.masks import check_window
 from gpt4v_fast.ops import checks, library
-from gpt4v_fast.ops.attention import (
-    _OPTIONS,
+from gpt4v_fast.ops.attention import attention_backward_fake, describe, pick_backend, reference_backward
+from gpt4v_fast.ops.attention_arguments import (
+    OPTIONS,
     AttentionOptions,
-    attention_backward_fake,
     call_native,
     check_alibi,
     check_sinks,
-    describe,
     draw_seed,
-    pick_backend,
-    reference_backward,
 )
 
 
@@ -313,7 +310,7 @@ def _autograd(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
 
 _attention_varlen_op = library.define_op(
     "attention_varlen(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, int max_seqlen_q, "
-    f"int max_seqlen_k, {_OPTIONS}) -> (Tensor, Tensor)",
+    f"int max_seqlen_k, {OPTIONS}) -> (Tensor, Tensor)",
     _attention_varlen,
     _fake,
     setup_context=_setup_context,
@@ -321,7 +318,7 @@ _attention_varlen_op = library.define_op(
 )
 _attention_varlen_backward_op = library.define_op(
     "attention_varlen_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
-    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor cu_seqlens_q, Tensor cu_seqlens_k, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _attention_varlen_backward,
     _backward_fake,
     gradient_of="attention_varlen",
