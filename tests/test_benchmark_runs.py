@@ -323,6 +323,7 @@ RESULT = {
 TIMED = ("median_ms", "p20_ms", "p80_ms", "rate", "share_of_peak", "error")
 
 
+@pytest.mark.timeout(900)  # compiled contenders, twice where no earlier run left torch's cache of compiled code
 def test_quick_bench_from_the_command_line_to_the_record_and_the_page(tmp_path, capsys):
     record_path, page_path = tmp_path / "record.json", tmp_path / "report.html"
     assert main(["bench", "--quick", "--threads", "1", "--json", str(record_path), "--html", str(page_path)]) == 0
