@@ -46,7 +46,8 @@ test-sanitize: $(STAMP)
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not slow" -k "not compile and not gradcheck" --timeout=900 \
-		tests/test_native.py tests/test_attention.py tests/test_attention_varlen.py tests/test_attention_kvcache.py \
+		tests/test_native.py tests/test_plain_calls.py tests/test_attention.py tests/test_attention_varlen.py \
+		tests/test_attention_kvcache.py \
 		tests/test_cross_entropy.py tests/test_linear_cross_entropy.py tests/test_patch_embed.py
 
 bench: $(STAMP)

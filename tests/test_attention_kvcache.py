@@ -430,3 +430,17 @@ def test_the_binding_refuses_what_would_leave_the_tensors(name, bad):
     with pytest.raises(ValueError, match="expected"):
         _C.attention_kvcache(*map(tensors.get, order), False, True, -1, -1, 1.0, 0.0, *outputs, 1)
     assert torch.equal(tensors["k_cache"], before)
+
+
+@pytest.mark.parametrize("name", ["rotary-interleaved-part", "paged-odd-rotary-bf16", "window", "softcap-sinks"])
+def test_the_reference_backend_gives_the_same(name):
+    case = next(case for case in CASES if case.name == name)
+    tensors, forced = case.tensors(), case.tensors()
+    out, lse = gf.attention_kvcache(**tensors, **case.options())
+    with gf.force(backend="reference"):
+        want, want_lse = gf.attention_kvcache(**forced, **case.options())
+    tolerance = {FP32: 1e-5, BF16: 2**-6, FP16: 2**-9}[case.dtype]
+    torch.testing.assert_close(out, want, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse, want_lse, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(tensors["k_cache"], forced["k_cache"], rtol=tolerance, atol=1e-6)
+    assert torch.equal(tensors["v_cache"], forced["v_cache"]) and out.stride() == want.stride()
