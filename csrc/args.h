@@ -124,6 +124,7 @@ struct LinearCrossEntropyArgs {
   View lse;      // (N) fp32
   View lse_low;  // (N) fp32, as above
   View argmax;   // (N) int64
+  View kept;     // bytes that forward may fill with logits for backward (csrc/kernels/kept_logits.h), or absent
 
   // Backward only. A gradient that is not needed is absent.
   View grad_nll;

@@ -55,6 +55,12 @@ void check_linear_cross_entropy(const LinearCrossEntropyArgs& a, int threads) {
   check_shape("bias", a.bias, {V});
   check_dtype("bias", a.bias, kFloats);
   check_per_token(a, N, V);
+  check_dtype("kept", a.kept, {DType::kUInt8});
+  if (a.kept.defined) {
+    check_ndim("kept", a.kept, 1);
+    if (a.kept.stride[0] != 1 || reinterpret_cast<uintptr_t>(a.kept.data) % sizeof(int64_t) != 0)
+      throw std::invalid_argument("kept: expected contiguous bytes on an int64's boundary");
+  }
   check_shape("grad_hidden", a.grad_hidden, {N, E});
   check_dtype("grad_hidden", a.grad_hidden, {a.hidden.dtype});
   check_shape("grad_weight", a.grad_weight, {V, E});
@@ -199,25 +205,25 @@ PYBIND11_MODULE(_C, m) {
           gpt4v_fast::kernels().cross_entropy_backward(a, threads);
         });
 
-  m.def("linear_cross_entropy_forward",
-        [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
-           float label_smoothing, float softcap, View nll, View lse, View lse_low, View argmax, int threads) {
-          LinearCrossEntropyArgs a{};
-          a.hidden = hidden, a.weight = weight, a.bias = bias, a.target = target, a.class_weight = class_weight;
-          a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-          a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax;
-          check_linear_cross_entropy(a, threads);
-          py::gil_scoped_release release;
-          gpt4v_fast::kernels().linear_cross_entropy_forward(a, threads);
-        });
+  m.def("linear_cross_entropy_forward", [](View hidden, View weight, View bias, View target, View class_weight,
+                                           int64_t ignore_index, float label_smoothing, float softcap, View nll,
+                                           View lse, View lse_low, View argmax, View kept, int threads) {
+    LinearCrossEntropyArgs a{};
+    a.hidden = hidden, a.weight = weight, a.bias = bias, a.target = target, a.class_weight = class_weight;
+    a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
+    a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax, a.kept = kept;
+    check_linear_cross_entropy(a, threads);
+    py::gil_scoped_release release;
+    gpt4v_fast::kernels().linear_cross_entropy_forward(a, threads);
+  });
   m.def("linear_cross_entropy_backward",
         [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
-           float label_smoothing, float softcap, View lse, View lse_low, View grad_nll, View grad_lse, View grad_hidden,
-           View grad_weight, View grad_bias, int threads) {
+           float label_smoothing, float softcap, View lse, View lse_low, View kept, View grad_nll, View grad_lse,
+           View grad_hidden, View grad_weight, View grad_bias, int threads) {
           LinearCrossEntropyArgs a{};
           a.hidden = hidden, a.weight = weight, a.bias = bias, a.target = target, a.class_weight = class_weight;
           a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
-          a.lse = lse, a.lse_low = lse_low, a.grad_nll = grad_nll, a.grad_lse = grad_lse;
+          a.lse = lse, a.lse_low = lse_low, a.kept = kept, a.grad_nll = grad_nll, a.grad_lse = grad_lse;
           a.grad_hidden = grad_hidden, a.grad_weight = grad_weight, a.grad_bias = grad_bias;
           check_linear_cross_entropy(a, threads);
           py::gil_scoped_release release;

@@ -213,13 +213,13 @@ def test_gradients_into_any_strides():
         hidden, weight, target = tensors["hidden"], tensors["weight"], make_labels(N, V, 0.3)
         nll, lse, low, argmax = torch.empty(N), torch.empty(N), torch.empty(N), torch.empty(N, dtype=torch.int64)
         head = (*map(view, (hidden, weight, None, target, None)), IGNORED, 0.0, 0.0)
-        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax)), 2)
+        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax, None)), 2)
         results = []
         for spaced in (False, True):
             rooms = [torch.full((5 * rows * E,), 7.0, dtype=dtype) for rows in (N, V)]
             strides = (2 * E + 1, 2) if spaced else (E, 1)
             views = [room.as_strided((rows, E), strides, 3) for room, rows in zip(rooms, (N, V), strict=True)]
-            further = (lse, low, torch.ones(N), torch.zeros(N), *views, None)
+            further = (lse, low, None, torch.ones(N), torch.zeros(N), *views, None)
             _C.linear_cross_entropy_backward(*head, *map(view, further), 2)
             results.append([x.clone() for x in views])
             for room, x in zip(rooms, views, strict=True):
@@ -300,8 +300,8 @@ def test_a_bad_label_that_reaches_the_kernel_is_not_followed(isa):
     grad_hidden, grad_weight = torch.empty(4, 8), torch.empty(9, 8)
     head = (*map(view, (hidden, weight, None, target, None)), IGNORED, 0.0, 0.0)
     with gf.force(isa=isa):
-        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax)), 1)
-        further = (lse, low, torch.ones(4), torch.zeros(4), grad_hidden, grad_weight, None)
+        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax, None)), 1)
+        further = (lse, low, None, torch.ones(4), torch.zeros(4), grad_hidden, grad_weight, None)
         _C.linear_cross_entropy_backward(*head, *map(view, further), 1)
     assert nll[1:3].isnan().all() and lse[1:3].isnan().all() and grad_hidden[1:3].isnan().all()
     assert nll[[0, 3]].isfinite().all() and grad_hidden[[0, 3]].isfinite().all()

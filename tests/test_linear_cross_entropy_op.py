@@ -82,10 +82,10 @@ def test_opcheck(everything, shift):
     arguments = prepare(target=case.target(), shift=shift, **tensors, **options)
     torch.library.opcheck(OPS.linear_cross_entropy.default, arguments)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    nll, lse, _, low = OPS.linear_cross_entropy(*detached)
-    hidden, weight, bias, target, *rest = detached
+    nll, lse, _, low, kept = OPS.linear_cross_entropy(*detached)
+    hidden, weight, bias, target, *rest, _ = detached
     upstream = torch.ones_like(nll), torch.ones_like(lse)
-    backward = (*upstream, hidden, weight, bias, target, lse, low, *rest, True, True, bias is not None)
+    backward = (*upstream, hidden, weight, bias, target, lse, low, kept, *rest, True, True, bias is not None)
     torch.library.opcheck(OPS.linear_cross_entropy_backward.default, backward)
 
 

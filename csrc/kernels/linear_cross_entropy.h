@@ -14,7 +14,7 @@
 #include <omp.h>
 
 #include "args.h"
-#include "kernels/loss_sizes.h"
+#include "kernels/kept_logits.h"
 #include "kernels/loss_statistics.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
@@ -26,6 +26,8 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
   const Classes classes(a, V);
   const Cap cap(a.softcap);
   const Counted counted(a, classes, N);
+  // An empty header; and small memory whole, so that a small call returns the same bytes whenever it is repeated.
+  if (a.kept.defined && a.kept.size[0] > 0) std::memset(a.kept.data, 0, min_of(a.kept.size[0], 64 << 10));
   for (int64_t row = 0; row < N; ++row)
     if (!classes.counted(at<int64_t>(a.target, row))) write_uncounted_row(a, classes, row);
   if (counted.count == 0) return;
@@ -36,15 +38,20 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
   const int64_t range_rows = round_up(max_of(kMinRangeRows, ceil_div(V, kMaxRanges)), tile_rows);
   const int64_t ranges = ceil_div(V, range_rows), thread_floats = copied_weight_floats(a, weight, tile_rows);
   const int team = team_size(threads, thread_floats);
-  const Buffer<float> packed(chunk * strip_size<T>(E)), scratch(team * thread_floats), target_z(chunk * kCols);
+  const int64_t packed_floats = chunk * strip_size<T>(E);
+  const Buffer<float> packed(packed_floats), scratch(team * thread_floats), target_z(chunk * kCols);
   const Buffer<Lanes> partial(ranges * chunk);
   const Buffer<double> range_weight(ranges);
   const bool smoothing = classes.smoothing > 0.0f;
+  const int64_t scratch_bytes = max_of(packed_floats * 4 + ranges * chunk * int64_t{sizeof(Lanes)},
+                                       BackwardSizes<T>::of(counted.count, E, V).bytes(counted.count, E));
+  const int64_t thread_bytes = thread_floats > 0 ? kThreadBytes : 0;  // however many threads there are
+  const auto kept = KeptLogits<T>::to_fill(a, strips, kExtraBytes - scratch_bytes - thread_bytes);
 
 #pragma omp parallel num_threads(team)
   for (int64_t first = 0; first < strips.count; first += chunk) {
     const int64_t last = min_of(strips.count, first + chunk);
-    pack_tokens_by_team(hidden, strips, first, last, E, packed.get());
+    pack_tokens_by_team(hidden, strips, first, last, E, packed.get(), [](int64_t) { return true; });
 #pragma omp for schedule(dynamic, 1)
     for (int64_t range = 0; range < ranges; ++range) {
       Lanes* lanes = partial.get() + range * chunk;
@@ -54,11 +61,16 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
       const int64_t end = min_of(V, (range + 1) * range_rows);
       for (int64_t v = range * range_rows; v < end; v += tile_rows) {
         rows.load(classes, v, min_of(tile_rows, end - v));
-        Fetch fetch = rows.fetch_next(tile_rows);
+        Fetch weight_ahead = rows.fetch_next(tile_rows);
         for (int64_t s = first; s < last; ++s) {
           alignas(64) float tile[kTileRows * kCols];
+          Both<FetchToWrite, Fetch> fetch{kept.ahead(s, v), weight_ahead};
           rows.logits(packed.get() + (s - first) * strip_size<T>(E), strips.lanes(s), E, tile, fetch);
-          lanes[s - first].take(tile, v, rows.count, strips.lanes(s), rows.class_weight, weight_before, cap, smoothing);
+          weight_ahead = fetch.second;
+          Lanes& statistics = lanes[s - first];
+          if (!kept.is_short()) kept.store(s, v, rows.count, tile, nullptr);
+          statistics.take(tile, v, rows.count, strips.lanes(s), rows.class_weight, weight_before, cap, smoothing);
+          if (kept.is_short()) kept.store(s, v, rows.count, tile, statistics.largest_of_tile);
           for (int64_t c = 0; c < strips.used(s); ++c) {
             const int64_t r = at<int64_t>(a.target, counted.rows[strips.begin(s) + c]) - v;
             if (r >= 0 && r < rows.count) target_z[(s - first) * kCols + c] = tile[r * kCols + c];
@@ -74,7 +86,9 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
         Statistics total;
         for (int64_t range = 0; range < ranges; ++range)
           total.merge(partial[range * chunk + s - first].of(c, range_weight[range]), cap);
-        write_counted_row(a, classes, counted.rows[strips.begin(s) + c], total, target_z[(s - first) * kCols + c]);
+        const float z = target_z[(s - first) * kCols + c];
+        write_counted_row(a, classes, counted.rows[strips.begin(s) + c], total, z);
+        if (kept.has_any()) kept.label_logits(s)[c] = z;
       }
   }
 }

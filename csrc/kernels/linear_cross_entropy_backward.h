@@ -1,11 +1,13 @@
-// Backward of linear cross-entropy: each tile of logits is computed again and turned into its gradient.
+// Backward of linear cross-entropy: each tile of logits, kept (kept_logits.h) or computed again, is turned into its
+// gradient.
 //
 // For a block of classes and a chunk of the counted tokens: the gradient G of their logits, at most 4 MiB, then
 // grad_weight += G H and grad_hidden += G^T W, each shared out by rows of its result. The outer loop is the
 // vocabulary's. Tokens that are a single chunk give grad_weight whole, a tile of it at a time in first-level cache;
 // else fp32 sums of it are kept for a block of classes. Those of hidden's are kept for all tokens, or, where a 16-bit
 // gradient of many tokens would need more than kHiddenSumBytes of fp32 sums, for groups of tokens, with another pass
-// over everything for the weight. 8 N V E flops (10 with the second pass).
+// over everything for the weight. 6 N V E flops with
+// forward's where all logits were kept, 8 where none were (10 with the second pass).
 #pragma once
 
 #include "kernels/linear_cross_entropy.h"
@@ -44,6 +46,7 @@ class LinearBackward {
         V(args.weight.size[0]),
         tokens(rows.count),
         features(E),
+        kept(KeptLogits<T>::filled(args, tokens)),
         sizes(BackwardSizes<T>::of(rows.count, E, V)),
         thread_floats(copied_weight_floats(args, weight, sizes.tile_rows)),
         team(team_size(threads, thread_floats)),
@@ -106,7 +109,8 @@ class LinearBackward {
   void gradient_by_team(int64_t v, int64_t rows, int64_t first, int64_t last) {
     // Tokens that are a single chunk are packed once for the whole vocabulary.
     if (v == 0 || sizes.strips < tokens.count) {
-      pack_tokens_by_team(hidden, tokens, first, last, E, token_lanes.get());
+      pack_tokens_by_team(hidden, tokens, first, last, E, token_lanes.get(),
+                          [&](int64_t s) { return !kept.has_all(s); });
       const int64_t n = tokens.begin(first), end = tokens.begin(last);
       if (a.grad_weight.defined)
         pack_columns_by_team(hidden, n, min_of(tokens.size, end) - n, end - n, features, sizes.token_column_floats(),
@@ -115,20 +119,31 @@ class LinearBackward {
       for (int64_t s = first; s < last; ++s)
         slopes[s - first].load(a, classes, counted.rows.get() + tokens.begin(s), tokens.used(s));
     }
+    const bool smoothing = classes.smoothing > 0.0f;
     const int64_t tiles = ceil_div(rows, sizes.tile_rows), groups = ceil_div(last - first, kTaskStrips);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t task = 0; task < tiles * groups; ++task) {
       const int64_t row = task / groups * sizes.tile_rows, begin = first + task % groups * kTaskStrips;
       WeightTile<T> tile_weight(a, weight, scratch.get() + omp_get_thread_num() * thread_floats);
-      tile_weight.load(classes, v + row, min_of(sizes.tile_rows, rows - row));
-      const int64_t count = tile_weight.count;
+      const int64_t count = min_of(sizes.tile_rows, rows - row);
+      const bool computes = !kept.has(min_of(last, begin + kTaskStrips) - 1, v + row);
+      tile_weight.load(classes, v + row, count, computes);
       for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
         alignas(64) float own[kTileRows * kCols];
         float* tile = LogitGradient<T>::kPairs ? own : gradient.tile(s - first, row);
         const int64_t lanes = tokens.lanes(s);
-        Fetch nothing;
-        tile_weight.logits(token_lanes.get() + (s - first) * strip_size<T>(E), lanes, E, tile, nothing);
-        slopes[s - first].differentiate(a, classes, cap, v + row, count, lanes, tile_weight.class_weight, tile);
+        const GradientTile gradients{a,       classes, cap,   slopes[s - first],
+                                     v + row, count,   lanes, smoothing ? tile_weight.class_weight : nullptr};
+        if (!kept.has(s, v + row)) {
+          Fetch nothing;
+          tile_weight.logits(token_lanes.get() + (s - first) * strip_size<T>(E), lanes, E, tile, nothing);
+          gradients.of_logits(tile, kCols, tile);
+        } else if (kept.is_short()) {
+          gradients.of_steps(kept.origins(s, v + row), kept.steps(s, v + row), 1.0f / KeptLogits<T>::kSteps,
+                             kept.label_logits(s), tile);
+        } else {
+          gradients.of_logits(kept.logits(s, v + row), lanes, tile);
+        }
         gradient.store(tile, count, lanes, s - first, row);
         for (int64_t r = 0; a.grad_bias.defined && r < count; ++r) {
           Vec sum = {};
@@ -234,6 +249,7 @@ class LinearBackward {
   const RowsOf<T> weight, hidden;
   const int64_t E, V;
   const Strips tokens, features;
+  const KeptLogits<T> kept;
   const BackwardSizes<T> sizes;
   const int64_t thread_floats;
   const int team;

@@ -5,61 +5,75 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 
-// What a gradient tile needs of its tokens, lane by lane.
-struct TokenSlopes {
-  alignas(64) float p[kCols], all[kCols], lse[kCols], lse_low[kCols];
-  int64_t row[kCols], label[kCols];  // row -1 and label -1 in unused lanes
+// The gradients of a tile of logits, classes [first, first + rows) of a strip of tokens.
+struct GradientTile {
+  const LinearCrossEntropyArgs& a;
+  const Classes& classes;
+  const Cap& cap;
+  const TokenSlopes& slopes;
+  int64_t first, rows, lanes;
+  const float* class_weight;  // or null without smoothing
 
-  void load(const LinearCrossEntropyArgs& a, const Classes& classes, const int64_t* rows, int64_t count) {
-    for (int c = 0; c < kCols; ++c) {
-      p[c] = all[c] = lse_low[c] = 0.0f;
-      lse[c] = 1e30f;  // probability 0, whatever the bias
-      row[c] = label[c] = -1;
-      if (c >= count) continue;
-      const Slopes slopes(a, classes, rows[c]);
-      p[c] = slopes.p, all[c] = slopes.all;
-      lse[c] = at<float>(a.lse, rows[c]), lse_low[c] = at<float>(a.lse_low, rows[c]);
-      row[c] = rows[c], label[c] = at<int64_t>(a.target, rows[c]);
+  // From logits x (rows, stride), which may be the tile.
+  void of_logits(const float* x, int64_t stride, float* tile) const {
+    float of_label[kCols];
+    const bool has_label = slopes.any_label(first, rows);
+    for (int c = 0; has_label && c < kCols; ++c) {
+      const int64_t r = slopes.label[c] - first;
+      if (r >= 0 && r < rows) of_label[c] = label_gradient(c, x[r * stride + c]);
     }
+    for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+      if (cap.active()) {
+        capped_vectors(x + lane, stride, lane, tile + lane);
+        continue;
+      }
+      const Vec high = load_vec(slopes.lse + lane), low = load_vec(slopes.lse_low + lane);
+      vectors(lane, tile + lane, [&](int64_t r) ALWAYS_INLINE_LAMBDA {
+        return ((load_vec(x + r * stride + lane) - high) - low) * kLog2E;
+      });
+    }
+    put_labels(has_label, of_label, tile);
   }
 
-  // Turns a tile of logits of classes [first, first + rows) into their gradients.
-  void differentiate(const LinearCrossEntropyArgs& a, const Classes& classes, const Cap& cap, int64_t first,
-                     int64_t rows, int64_t lanes, const float* class_weight, float* tile) const {
+  // From steps (rows, lanes) below the tokens' origins (KeptLogits), and the labels' logits.
+  void of_steps(const float* origins, const uint16_t* steps, float per_step, const float* label_logits,
+                float* tile) const {
     float of_label[kCols];
-    const bool has_label = any_label(first, rows);
+    const bool has_label = slopes.any_label(first, rows);
     for (int c = 0; has_label && c < kCols; ++c) {
-      const int64_t r = label[c] - first;
-      if (r < 0 || r >= rows) continue;
-      const float x = tile[r * kCols + c];
-      const float slope = cap.active() ? tanh_and_slope(x * cap.inverse).slope : 1.0f;
-      of_label[c] = slope * Slopes(a, classes, row[c]).label(exp((cap(x) - lse[c]) - lse_low[c]));
+      const int64_t r = slopes.label[c] - first;
+      if (r >= 0 && r < rows) of_label[c] = label_gradient(c, label_logits[c]);
     }
-    for (int64_t lane = 0; lane < lanes; lane += kLanes)
-      if (cap.active())
-        capped_vectors(cap, classes.smoothing > 0.0f ? class_weight : nullptr, rows, lane, tile + lane);
-      else
-        plain_vectors(classes.smoothing > 0.0f ? class_weight : nullptr, rows, lane, tile + lane);
+    for (int64_t lane = 0; lane < lanes; lane += kLanes) {
+      const Vec high = load_vec(slopes.lse + lane), low = load_vec(slopes.lse_low + lane);
+      const Vec base = ((load_vec(origins + lane) - high) - low) * kLog2E, factor = broadcast(-per_step);
+      vectors(lane, tile + lane, [&](int64_t r) ALWAYS_INLINE_LAMBDA {
+        return mul_add(load_integers(steps + r * lanes + lane), factor, base);
+      });
+    }
+    put_labels(has_label, of_label, tile);
+  }
+
+ private:
+  float label_gradient(int c, float x) const {
+    const float slope = cap.active() ? tanh_and_slope(x * cap.inverse).slope : 1.0f;
+    return slope * Slopes(a, classes, slopes.row[c]).label(exp((cap(x) - slopes.lse[c]) - slopes.lse_low[c]));
+  }
+
+  void put_labels(bool has_label, const float* of_label, float* tile) const {
     for (int c = 0; has_label && c < kCols; ++c) {
-      const int64_t r = label[c] - first;
+      const int64_t r = slopes.label[c] - first;
       if (r >= 0 && r < rows) tile[r * kCols + c] = of_label[c];
     }
   }
 
- private:
-  bool any_label(int64_t first, int64_t rows) const {
-    int64_t found = 0;
-    for (int c = 0; c < kCols; ++c) found |= label[c] >= first && label[c] < first + rows;
-    return found != 0;
-  }
-
-  void plain_vectors(const float* class_weight, int64_t rows, int64_t lane, float* x) const {
-    const Vec slope = load_vec(p + lane), high = load_vec(lse + lane), low = load_vec(lse_low + lane);
-    const Vec smoothed = load_vec(all + lane);
+  // exponent(r): log2 of the probabilities of row r.
+  template <class Exponent>
+  ALWAYS_INLINE void vectors(int64_t lane, float* to, Exponent exponent) const {
+    const Vec slope = load_vec(slopes.p + lane), smoothed = load_vec(slopes.all + lane);
     const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA {
-      const Vec z = (load_vec(x + r * kCols) - high) - low;
-      const Vec dz = slope * exp2(z * kLog2E);
-      store_vec(x + r * kCols, class_weight == nullptr ? dz : dz - smoothed * class_weight[r]);
+      const Vec dz = slope * exp2(exponent(r));
+      store_vec(to + r * kCols, class_weight == nullptr ? dz : dz - smoothed * class_weight[r]);
     };
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
@@ -68,14 +82,13 @@ struct TokenSlopes {
     for (; r < rows; ++r) row(r);
   }
 
-  void capped_vectors(const Cap& cap, const float* class_weight, int64_t rows, int64_t lane, float* x) const {
+  void capped_vectors(const float* x, int64_t stride, int64_t lane, float* to) const {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < kLanes; ++c) {
-        float& to = x[r * kCols + c];
-        const TanhAndSlope t = tanh_and_slope(to * cap.inverse);
-        const float weight = class_weight == nullptr ? 0.0f : class_weight[r];
-        const float dz = p[lane + c] * exp((cap.softcap * t.value - lse[lane + c]) - lse_low[lane + c]);
-        to = t.slope * (dz - all[lane + c] * weight);
+        const TanhAndSlope t = tanh_and_slope(x[r * stride + c] * cap.inverse);
+        const float weight = class_weight == nullptr ? 0.0f : class_weight[r], z = cap.softcap * t.value;
+        const float dz = slopes.p[lane + c] * exp((z - slopes.lse[lane + c]) - slopes.lse_low[lane + c]);
+        to[r * kCols + c] = t.slope * (dz - slopes.all[lane + c] * weight);
       }
   }
 };

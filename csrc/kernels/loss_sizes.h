@@ -94,10 +94,13 @@ struct WeightTile {
   WeightTile(const LinearCrossEntropyArgs& a, const RowsOf<T>& source, float* scratch)
       : args(a), weight(source), copy(reinterpret_cast<Element*>(scratch)), rows{nullptr, 0} {}
 
-  void load(const Classes& classes, int64_t first_row, int64_t row_count) {
+  // Without products only what else is known of the rows.
+  void load(const Classes& classes, int64_t first_row, int64_t row_count, bool has_products = true) {
     const int64_t E = args.weight.size[1], stride = weight_stride(E);
     first = first_row, count = row_count;
-    if (is_read_in_place(args, weight)) {
+    if (!has_products) {
+      rows = {nullptr, 0};
+    } else if (is_read_in_place(args, weight)) {
       rows = {reinterpret_cast<const Element*>(weight.row(first)), weight.row_stride};
     } else {
       for (int64_t r = 0; r < count; ++r) {
@@ -119,11 +122,36 @@ struct WeightTile {
   }
 
   // tile[r * kCols + c] = logit of row first + r and token c of a packed strip of `lanes` tokens.
-  void logits(const float* strip, int64_t lanes, int64_t E, float* tile, Fetch& fetch) const {
-    multiply_strip(rows, count, lanes / kLanes, strip, Operands<T>::depth(E), tile, kCols, fetch);
+  template <class Work>
+  void logits(const float* strip, int64_t lanes, int64_t E, float* tile, Work& work) const {
+    multiply_strip(rows, count, lanes / kLanes, strip, Operands<T>::depth(E), tile, kCols, work);
     for (int64_t r = 0; args.bias.defined && r < count; ++r)
       for (int64_t lane = 0; lane < lanes; lane += kLanes)
         store_vec(tile + r * kCols + lane, load_vec(tile + r * kCols + lane) + bias[r]);
+  }
+};
+
+// What a gradient tile needs of its tokens, lane by lane.
+struct TokenSlopes {
+  alignas(64) float p[kCols], all[kCols], lse[kCols], lse_low[kCols];
+  int64_t row[kCols], label[kCols];  // row -1 and label -1 in unused lanes
+
+  void load(const LinearCrossEntropyArgs& a, const Classes& classes, const int64_t* rows, int64_t count) {
+    for (int c = 0; c < kCols; ++c) {
+      p[c] = all[c] = lse_low[c] = 0.0f;
+      lse[c] = 1e30f;  // probability 0, whatever the bias
+      row[c] = label[c] = -1;
+      if (c >= count) continue;
+      const Slopes slopes(a, classes, rows[c]);
+      p[c] = slopes.p, all[c] = slopes.all;
+      lse[c] = at<float>(a.lse, rows[c]), lse_low[c] = at<float>(a.lse_low, rows[c]);
+      row[c] = rows[c], label[c] = at<int64_t>(a.target, rows[c]);
+    }
+  }
+  bool any_label(int64_t first, int64_t rows) const {
+    int64_t found = 0;
+    for (int c = 0; c < kCols; ++c) found |= label[c] >= first && label[c] < first + rows;
+    return found != 0;
   }
 };
 
@@ -148,6 +176,15 @@ struct BackwardSizes {
     s.classes = s.tile_rows * min_of(tiles, ceil_div(V, s.tile_rows));
     s.group = max_of(1, kHiddenSumBytes / (4 * kCols * max_of(E, 1)) / s.strips) * s.strips;
     return s;
+  }
+  // Scratch of a call that computes all gradients, without what threads have for themselves.
+  int64_t bytes(int64_t tokens, int64_t E) const {
+    const int64_t columns = Strips(E).count, all = Strips(tokens).count;
+    const bool sums = sizeof(T) != sizeof(float);
+    const int64_t floats = strips * strip_size<T>(E) + (token_column_floats() + weight_column_floats()) * columns +
+                           classes * strips * kCols + classes * strips +
+                           (sums ? min_of(group, all) * kCols * E + (strips < all ? classes * E : 0) : 0);
+    return 4 * floats + strips * int64_t{sizeof(TokenSlopes)};
   }
   // A strip of features, of a block's classes or a chunk's tokens.
   int64_t weight_column_floats() const { return strip_size<T>(classes); }

@@ -31,6 +31,7 @@ struct alignas(64) Lanes {
   float origin[kCols];  // origin_of(top)
   int64_t argmax[kCols];
   double sum[kCols], deviation[kCols];
+  float largest_of_tile[kCols];  // the largest x of what was taken in last
 
   void clear() {
     for (int c = 0; c < kCols; ++c) {
@@ -48,6 +49,7 @@ struct alignas(64) Lanes {
       const Vec largest = largest_of(x, rows), before = load_vec(best + lane);
       if (any(largest > before)) find(x, first, rows, lane, largest);
       store_vec(best + lane, max(largest, before));
+      store_vec(largest_of_tile + lane, largest);
       if (cap.active())
         for (int64_t r = 0; r < rows; ++r) store_vec(x + r * kCols, capped(load_vec(x + r * kCols), cap));
       const Vec tile_top = cap.active() ? capped(largest, cap) : largest, tile_origin = origin_of(tile_top);

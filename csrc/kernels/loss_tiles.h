@@ -78,15 +78,16 @@ static void store_row(const float* from, int64_t count, T* to, int64_t stride) {
 
 // Strips [first, last) of rows, each packed with its rows as lanes: strip s stands at to + (s - first) * strip_size,
 // element (row, e) at [e][row], or with pairs (e, e + 1) at [e / 2][row]. Lanes and elements past the end are zeros.
-template <class T>
+// Only strips for which is_wanted(s).
+template <class T, class Wanted>
 static void pack_tokens_by_team(const RowsOf<T>& source, const Strips& strips, int64_t first, int64_t last, int64_t E,
-                                float* to) {
+                                float* to, Wanted is_wanted) {
   using Element = typename Operands<T>::Element;
   constexpr int64_t kStep = 64 * sizeof(float) / sizeof(Element);  // elements of a row at a time: 64 floats or pairs
 #pragma omp for schedule(static)
   for (int64_t s = first; s < last; ++s) {
-    const int64_t rows = strips.used(s);
-    for (int64_t e = 0; e < E; e += kStep) {
+    const int64_t rows = is_wanted(s) ? strips.used(s) : 0;
+    for (int64_t e = 0; rows > 0 && e < E; e += kStep) {
       alignas(64) Element block[kCols * kStep];
       const int64_t used = min_of(kStep, E - e);
       if (rows < kCols || used < kStep) std::memset(block, 0, sizeof(block));
@@ -276,6 +277,20 @@ static void multiply_tokens(const Strips& tokens, int64_t first, int64_t last, i
       product_tokens<Into::kSet>(tokens, s, end, per_step, rows, vectors, from, next, column, tile, work);
   }
 }
+
+// Two kinds of work, the first first.
+template <class First, class Second>
+struct Both {
+  First first;
+  Second second;
+
+  ALWAYS_INLINE void step() {
+    if (first.rows > 0)
+      first.step();
+    else
+      second.step();
+  }
+};
 
 // to (count) = or += from.
 static inline void add_row(const float* from, int64_t count, bool add, float* to) {

@@ -57,6 +57,26 @@ static inline Vec exp2(Vec x) {
 #endif
 }
 
+// Each lane, not negative, as an integer, rounded to nearest; 65535 where it is larger, or a NaN.
+static inline void store_rounded(uint16_t* to, Vec x) {
+#ifdef __AVX512F__
+  const __m512i n = _mm512_cvtps_epi32(x);  // 0x80000000 where it is too large
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtusepi32_epi16(n));
+#else
+  for (int i = 0; i < kLanes; ++i) to[i] = static_cast<uint16_t>(x[i] < 65535.0f ? x[i] + 0.5f : 65535.0f);
+#endif
+}
+
+static inline Vec load_integers(const uint16_t* data) {
+#ifdef __AVX512F__
+  return (Vec)_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(data))));
+#else
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) x[i] = data[i];
+  return x;
+#endif
+}
+
 struct VecTanh {
   Vec value, slope;
 };

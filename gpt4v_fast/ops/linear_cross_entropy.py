@@ -36,6 +36,9 @@ from gpt4v_fast.reference import LossStats
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Bytes that forward may leave for backward at the most (csrc/kernels/kept_logits.h), of the 64 MiB of extra memory.
+KEPT_BYTES = 56 << 20
+
 
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -58,9 +61,10 @@ def linear_cross_entropy(
     """`cross_entropy` of the logits hidden @ weight^T + bias, which are never written whole.
 
     The logits are fp32 whatever the inputs are, tokens whose label is ignore_index are dropped before any product, and
-    extra memory is at most 64 MiB beside the gradients for any N and V (on a GPU also beside some numbers per token,
-    and without a synchronisation). Small problems, whose fp32 logits take at most 32 MiB, run on a GPU as products
-    of all tokens, ignored ones too; `explain` says which way a call takes.
+    extra memory is at most 64 MiB beside the gradients for any N and V (on a CPU for E up to 65,536; on a GPU also
+    beside some numbers per token, and without a synchronisation). Where a gradient is wanted on a CPU, as much of it as
+    is free keeps logits until the backward pass, which computes the rest again. Small problems, whose fp32 logits take
+    at most 32 MiB, run on a GPU as products of all tokens, ignored ones too; `explain` says which way a call takes.
 
     Args:
         hidden: (..., E), fp32, bf16 or fp16, any strides. Under autocast, hidden, weight and bias take its
@@ -100,8 +104,8 @@ def linear_cross_entropy(
     arguments = prepare(hidden, weight, target, bias, class_weight, *numbers, *further)
     options = LossOptions(*arguments[4:8])
     label_weight = None
-    if len(arguments) == 9:
-        nll, lse, argmax, _ = _linear_cross_entropy_op(*arguments)
+    if process_group is None:
+        nll, lse, argmax, *_ = _linear_cross_entropy_op(*arguments)
     else:
         nll, lse, argmax, _, label_weight, _ = _sharded_linear_cross_entropy_op(*arguments)
     target = labels.shifted(arguments[3], shift, ignore_index)
@@ -149,7 +153,10 @@ def prepare(
     if shift < 0 or (shift > 0 and target.dim() == 0):
         raise ValueError(f"shift: expected 0 or more, and 0 for a single token, got {shift}")
     shards = vocab_parallel.find_shards("weight", V, process_group, vocab_sizes)
-    further = () if shards is None else (*shards, return_stats, reduce_grad_hidden)
+    # vmap would stack what each element keeps.
+    keep = torch.is_grad_enabled() and not library.transforms_active()
+    keep = keep and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    further = (keep,) if shards is None else (*shards, return_stats, reduce_grad_hidden)
     return hidden.reshape(target.numel(), E), weight, bias, target, *options, shift, *further
 
 
@@ -183,8 +190,8 @@ def _linear_cross_entropy(
     bias: torch.Tensor | None,
     target: torch.Tensor,
     *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    *loss_options, shift = rest
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    *loss_options, shift, keep = rest
     options = LossOptions(*loss_options)
     choice = backends.pick(_describe(hidden, weight))
     backend = choice.backend
@@ -195,15 +202,26 @@ def _linear_cross_entropy(
         nll, lse, argmax, lse_low = row_tensors(hidden.shape[0], hidden)
         class_weight = native_weight(options.class_weight)
         tensors = (hidden, weight, bias, rows, class_weight)
-        outputs = (nll, lse, lse_low, argmax)
+        kept = _kept(hidden, weight, keep)
+        outputs = (nll, lse, lse_low, argmax, kept if keep else None)
         _C.linear_cross_entropy_forward(*map(view, tensors), *options[1:], *map(view, outputs), threads())
-        return nll, lse, argmax, lse_low
+        return nll, lse, argmax, lse_low, kept
     if backend == "triton":
         forward, _ = _triton_kernels(choice)
         nll, lse, argmax = forward(hidden, weight, bias, rows, **_triton_options(options))
     else:
         nll, lse, argmax = reference.cross_entropy_core(_logits(hidden, weight, bias), rows, *options)
-    return nll, lse, argmax, torch.zeros_like(lse)
+    kept = _kept(hidden, weight, keep)
+    kept[: 1 << 16] = 0  # an empty header: backward finds nothing
+    return nll, lse, argmax, torch.zeros_like(lse), kept
+
+
+def _kept(hidden: torch.Tensor, weight: torch.Tensor, keep: bool) -> torch.Tensor:
+    """Memory for logits that forward leaves for backward; what is not used of it is never touched."""
+    if not keep or hidden.device.type != "cpu":
+        return hidden.new_empty(0, dtype=torch.uint8)
+    rows, classes = hidden.shape[0] + 15, weight.shape[0] + 71  # whole vectors and tiles
+    return hidden.new_empty(torch.sym_min(64 + 4 * rows * (classes + 1), KEPT_BYTES), dtype=torch.uint8)
 
 
 def _linear_cross_entropy_backward(
@@ -215,6 +233,7 @@ def _linear_cross_entropy_backward(
     target: torch.Tensor,
     lse: torch.Tensor,
     lse_low: torch.Tensor,
+    kept: torch.Tensor,
     *rest: Any,
     shard: bool = False,
 ) -> tuple[torch.Tensor, ...]:
@@ -235,7 +254,7 @@ def _linear_cross_entropy_backward(
         )
         class_weight = native_weight(options.class_weight)
         tensors = (hidden, weight, bias, rows, class_weight)
-        further = (lse, lse_low, grad_nll, grad_lse, grad_hidden, grad_weight, grad_bias)
+        further = (lse, lse_low, kept if len(kept) else None, grad_nll, grad_lse, grad_hidden, grad_weight, grad_bias)
         _C.linear_cross_entropy_backward(*map(view, tensors), *options[1:], *map(view, further), threads())
     elif backend == "triton":
         _, backward = _triton_kernels(choice)
@@ -276,9 +295,9 @@ def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 def _linear_cross_entropy_fake(
-    hidden: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return row_tensors(hidden.shape[0], hidden)
+    hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *row_tensors(hidden.shape[0], hidden), _kept(hidden, weight, rest[-1])
 
 
 def _linear_cross_entropy_backward_fake(
@@ -294,25 +313,27 @@ def _linear_cross_entropy_backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, bias, target, class_weight, *scalars = inputs
-    _, lse, argmax, lse_low = output
-    ctx.mark_non_differentiable(argmax, lse_low)
-    ctx.save_for_backward(hidden, weight, bias, target, lse, lse_low, class_weight)
+    hidden, weight, bias, target, class_weight, *scalars, _ = inputs
+    _, lse, argmax, lse_low, kept = output
+    ctx.mark_non_differentiable(argmax, lse_low, kept)
+    ctx.set_materialize_grads(False)  # or zeros as large as `kept` would be made
+    ctx.save_for_backward(hidden, weight, bias, target, lse, lse_low, kept, class_weight)
     ctx.scalars = scalars
 
 
-def _autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
-    hidden, weight, bias, target, lse, lse_low, class_weight = ctx.saved_tensors
+def _autograd(ctx: Any, grad_nll: torch.Tensor | None, grad_lse: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    hidden, weight, bias, target, lse, lse_low, kept, class_weight = ctx.saved_tensors
     wanted = tuple(ctx.needs_input_grad[:3])
+    slopes = (torch.zeros_like(lse) if slope is None else slope for slope in (grad_nll, grad_lse))
     gradients = _linear_cross_entropy_backward_op(
-        grad_nll, grad_lse, hidden, weight, bias, target, lse, lse_low, class_weight, *ctx.scalars, *wanted
+        *slopes, hidden, weight, bias, target, lse, lse_low, kept, class_weight, *ctx.scalars, *wanted
     )
-    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 6
+    return *(g if w else None for g, w in zip(gradients, wanted, strict=True)), *[None] * 7
 
 
 _linear_cross_entropy_op = library.define_op(
     f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {LOSS_OPTIONS}, "
-    "int shift) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int shift, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _linear_cross_entropy,
     _linear_cross_entropy_fake,
     setup_context=_setup_context,
@@ -320,7 +341,7 @@ _linear_cross_entropy_op = library.define_op(
 )
 _linear_cross_entropy_backward_op = library.define_op(
     "linear_cross_entropy_backward(Tensor grad_nll, Tensor grad_lse, Tensor hidden, Tensor weight, "
-    f"Tensor? bias, Tensor target, Tensor lse, Tensor lse_low, {LOSS_OPTIONS}, int shift, bool of_hidden, "
+    f"Tensor? bias, Tensor target, Tensor lse, Tensor lse_low, Tensor kept, {LOSS_OPTIONS}, int shift, bool of_hidden, "
     "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
     _linear_cross_entropy_backward,
     _linear_cross_entropy_backward_fake,
@@ -334,7 +355,7 @@ def _sharded_linear_cross_entropy(
     *loss_options, shift, sizes, rank, group, with_argmax, _ = rest
 
     def local(rows: torch.Tensor, *options: Any) -> tuple[torch.Tensor, ...]:
-        return _linear_cross_entropy(hidden, weight, bias, rows, *options, 0)
+        return _linear_cross_entropy(hidden, weight, bias, rows, *options, 0, False)[:4]
 
     def logit_at(columns: torch.Tensor) -> torch.Tensor:
         # A few rows at a time: both factors become fp32.
@@ -368,10 +389,10 @@ def _sharded_linear_cross_entropy_backward(
     *loss_options, shift, sizes, rank, group, _, reduce_grad_hidden, of_hidden, of_weight, of_bias = rest
     options, shards = LossOptions(*loss_options), vocab_parallel.Shards(tuple(sizes), rank, group)
     target = labels.shifted(target, shift, options.ignore_index)
-    wanted = (of_hidden, of_weight, of_bias)
+    wanted, nothing = (of_hidden, of_weight, of_bias), hidden.new_empty(0, dtype=torch.uint8)
     gradients = [
         _linear_cross_entropy_backward(
-            *slopes, hidden, weight, bias, rows, lse, lse_low, *its_options, 0, *wanted, shard=True
+            *slopes, hidden, weight, bias, rows, lse, lse_low, nothing, *its_options, 0, *wanted, shard=True
         )
         for slopes, rows, its_options in vocab_parallel.backward_calls(
             grad_nll, grad_lse, target, label_weight, weight_sum, options, shards
