@@ -44,7 +44,7 @@ class KeptLogits {
     const int64_t E = a.weight.size[1], V = a.weight.size[0];
     int64_t header[5] = {};
     if (memory.defined && memory.size[0] >= kHeaderBytes) std::memcpy(header, memory.data, sizeof(header));
-    KeptLogits kept(tokens, E, V, header[0] % 2 != 0);
+    KeptLogits kept(tokens, E, V, Operands<T>::kPairs && header[0] % 2 != 0);
     kept.data = static_cast<char*>(memory.data);
     const bool is_of_call = header[0] == kept.layout() && header[1] == tokens.size && header[2] == V && header[3] == E;
     const int64_t room = memory.size[0] - kept.cells_begin();

@@ -138,7 +138,7 @@ def _with_function(
     as_function: Any = type(name, (torch.autograd.Function,), functions)
 
     def call(*args: Any) -> Any:
-        if not transforms_active():
+        if not _transforms_active():
             if not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
                 return op(*args)
             # Only who traces needs what torch.library would record, in several times the time of a Function.
@@ -156,8 +156,15 @@ def _with_function(
 # A constant to torch.compile, which guards the stack of transforms anyway: a call in the graph would only keep compiled
 # code out of its caches.
 @torch.compiler.assume_constant_result
-def transforms_active() -> bool:
+def _transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active()
+
+
+@torch.compiler.assume_constant_result
+def is_mapped() -> bool:
+    """Whether torch.func.vmap is on."""
+    interpreters = torch._C._functorch.get_interpreter_stack() or []
+    return any(x.key() == torch._C._functorch.TransformType.Vmap for x in interpreters)
 
 
 def _is_traced() -> bool:

@@ -154,7 +154,7 @@ def prepare(
         raise ValueError(f"shift: expected 0 or more, and 0 for a single token, got {shift}")
     shards = vocab_parallel.find_shards("weight", V, process_group, vocab_sizes)
     # vmap would stack what each element keeps.
-    keep = torch.is_grad_enabled() and not library.transforms_active()
+    keep = torch.is_grad_enabled() and not library.is_mapped()
     keep = keep and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
     further = (keep,) if shards is None else (*shards, return_stats, reduce_grad_hidden)
     return hidden.reshape(target.numel(), E), weight, bias, target, *options, shift, *further
