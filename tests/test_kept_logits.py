@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from loss_cases import BF16, EVERYTHING, FP16, FP32, ISAS, at_thread_counts, same_bits
+from loss_cases import BF16, EVERYTHING, FP16, FP32, ISAS, at_thread_counts, memory_is_measured, same_bits
 from loss_cases import LinearCase as Case
 from loss_cases import poisoned as poisoned  # a fixture
 from test_linear_cross_entropy import check
@@ -178,7 +177,7 @@ print(without, held, held + backward - gradients, status("VmRSS") - before)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+@memory_is_measured
 @pytest.mark.parametrize(
     "dtype, N, V, E",
     [("float32", 600, 60_000, 48), ("bfloat16", 1200, 50_000, 64), ("bfloat16", 100, 700, 32_768)],

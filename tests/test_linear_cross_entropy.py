@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from loss_cases import (
     at_thread_counts,
     class_weights,
     make_labels,
+    memory_is_measured,
     same_bits,
 )
 from loss_cases import LINEAR_CASES as CASES
@@ -324,7 +324,7 @@ print(status("VmHWM") - before - gradients)
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read from Linux's /proc")
+@memory_is_measured
 @pytest.mark.parametrize("dtype, N, V, E", [("float32", 1536, 40_000, 48), ("bfloat16", 4200, 4500, 1024)])
 def test_extra_memory_is_bounded(dtype, N, V, E):
     """Forward and backward, as the process sees it: at most 64 MiB beside the gradients.
