@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from gpu_compile.readback import Facts
 from gpu_compile.stand_in import CHIPS
-from gpu_compile.worker import AttentionLaunch, CrossEntropyLaunch, compiled
+from gpu_compile.worker import AttentionLaunch, CrossEntropyLaunch, LinearCrossEntropyLaunch, compiled
 
 from gpt4v_fast.kernels import configs
 from gpt4v_fast.kernels.configs import Tile
@@ -67,9 +67,37 @@ def cross_entropy_row(arch: str) -> str:
     return f"| {arch} | {' | '.join(cells)} |"
 
 
+def linear_cross_entropy_rows(arch: str) -> list[str]:
+    """Of each kernel, per element of its tile: instructions of a tile besides its product, and those of 64 steps along
+    the product that are not matrix instructions."""
+    facts = compiled(LinearCrossEntropyLaunch(arch, "bfloat16", 2304, chunked=True)).result()
+    config, lanes = configs.linear_cross_entropy(arch, torch.bfloat16, 2304, False), CHIPS[arch].target.warp_size
+    rows = []
+    for name in ("forward", "gradient", "grad_hidden", "grad_weight"):
+        tile, found = getattr(config, name), facts[f"_linear_cross_entropy_{name}_kernel"]
+        sizes = (tile.block_m, tile.block_v, tile.block_e)
+        along = {"grad_hidden": 1, "grad_weight": 0}.get(name, 2)  # which of them the product's loop takes at a time
+        elements = sizes[0] * sizes[1] * sizes[2] // sizes[along]
+        product = found.main_loops[0]
+        if name == "forward":
+            (loop,) = [x for x in found.loops if x.count(r"MUFU\.EX2|v_exp_f32") and x is not product]
+            per_tile = len(loop.instructions) - loop.matrix
+        else:
+            per_tile = len(found.instructions) - len(product.instructions)
+        per_step = product.non_matrix_per_element(elements, found.num_warps, lanes) * 64 / sizes[along]
+        shape = f"{' x '.join(map(str, sizes))}, {tile.num_warps} warps, {tile.num_stages} stages"
+        per_tile *= found.num_warps * lanes / elements
+        rows.append(
+            f"| {arch} | {name} | {shape} | {found.registers} | {found.spill_bytes} "
+            f"| {found.shared_bytes / 1024:.0f} | {per_tile:.1f} | {per_step:.1f} |"
+        )
+    return rows
+
+
 def main() -> None:
     for arch in ARCHS:
         compiled(CrossEntropyLaunch(arch, "bfloat16", 50257))
+        compiled(LinearCrossEntropyLaunch(arch, "bfloat16", 2304, chunked=True))
         for head_dim in HEAD_SIZES:
             compiled(AttentionLaunch(arch, "bfloat16", head_dim))
     print("| chip | head | kernel | tile | registers | spilled bytes | shared KB | per score | masked |")
@@ -82,6 +110,11 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for arch in ARCHS:
         print(cross_entropy_row(arch), flush=True)
+    print()
+    print("| chip | kernel | tokens x classes x depth | registers | spilled bytes | shared KB | per tile | per 64 |")
+    print("|---|---|---|---|---|---|---|---|")
+    for arch in ARCHS:
+        print("\n".join(linear_cross_entropy_rows(arch)), flush=True)
 
 
 if __name__ == "__main__":

@@ -187,7 +187,8 @@ LINEAR_KERNELS = {
     "backward": ("_gradient", "_grad_hidden", "_grad_weight", "_grad_bias"),
 }
 _WITHOUT_PRODUCT = ("_rows", "_merge", "_grad_bias")
-ATOMICS = r"ATOM|RED\.|\w+_atomic_|CAS|CCTL"
+# On memory that other programs see. Inside a program sm_100 allocates its tensor memory with some on shared memory.
+ATOMICS = r"ATOMG|ATOM\.|RED\.|CCTL|(global|buffer|flat)_atomic"
 STORES = r"STG|ST\.|global_store|buffer_store|flat_store"
 EXPONENTIALS = r"MUFU\.EX2|v_exp_f32"
 
@@ -215,14 +216,12 @@ def test_linear_cross_entropy(launch):
 
 @pytest.mark.parametrize("launch", _with_slow(LINEAR_QUICK, LINEAR_ALL), ids=str)
 def test_logits_are_never_stored(launch):
-    """Forward stores a few numbers per token behind its loops: far fewer elements than a tile has, none in a loop."""
+    """Forward has one store for each of a token's four or five statistics, and none of them in a loop."""
     facts = _facts(launch)["_linear_cross_entropy_forward_kernel"]
-    tile = configs.linear_cross_entropy(launch.arch, getattr(torch, launch.dtype), launch.E, launch.is_rich).forward
     looping = [loop for loop in facts.loops if loop.matrix or loop.count(EXPONENTIALS)]
     assert sum(loop.count(EXPONENTIALS) for loop in looping) > 0
     assert all(loop.count(STORES) == 0 for loop in looping)
-    lanes = facts.num_warps * CHIPS[launch.arch].target.warp_size
-    assert 4 * facts.count(STORES) * lanes < tile.block_m * tile.block_v  # were each of four words
+    assert facts.count(STORES) == (5 if launch.label_smoothing else 4)
 
 
 @pytest.mark.parametrize(

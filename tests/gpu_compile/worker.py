@@ -111,10 +111,6 @@ class LinearCrossEntropyLaunch:
         passes = self.passes if len(self.passes) == 1 else ()
         return "-".join([self.arch, self.dtype, f"e{self.E}", *extras, *passes])
 
-    @property
-    def is_rich(self) -> bool:
-        return self.bias or self.weighted or self.label_smoothing > 0 or self.softcap is not None
-
     def run(self) -> None:
         import unittest.mock
 
