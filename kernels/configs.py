@@ -178,7 +178,7 @@ LINEAR_LOGITS: dict[tuple[str, int, bool], tuple[ProductTile, ...]] = {
 LINEAR_PRODUCTS: dict[tuple[str, int, bool], tuple[ProductTile, ...]] = {
     ("sm_80", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
     ("sm_80", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
-    ("sm_86", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
+    ("sm_86", 16, True): _tiles((128, 32, 128, 8, 3), (32, 128, 128, 8, 3)),
     ("sm_86", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
     ("sm_90", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
     ("sm_90", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
