@@ -84,6 +84,9 @@ class KeptLogits {
     }
   }
 
+  // The memory of a tile, or null where it is not kept.
+  const char* memory(int64_t s, int64_t v) const { return s < tokens.count && has(s, v) ? cell_at(s, v) : nullptr; }
+
   // The tile's logits (fp32), [class][lanes of the strip].
   const float* logits(int64_t s, int64_t v) const { return reinterpret_cast<const float*>(cell_at(s, v)); }
 

@@ -132,8 +132,10 @@ class LinearBackward {
         alignas(64) float own[kTileRows * kCols];
         float* tile = LogitGradient<T>::kPairs ? own : gradient.tile(s - first, row);
         const int64_t lanes = tokens.lanes(s);
+        const char* ahead = s + 1 < last ? kept.memory(s + 1, v + row) : kept.memory(first, v + row + count);
         const GradientTile gradients{a,       classes, cap,   slopes[s - first],
-                                     v + row, count,   lanes, smoothing ? tile_weight.class_weight : nullptr};
+                                     v + row, count,   lanes, smoothing ? tile_weight.class_weight : nullptr,
+                                     ahead};
         if (!kept.has(s, v + row)) {
           Fetch nothing;
           tile_weight.logits(token_lanes.get() + (s - first) * strip_size<T>(E), lanes, E, tile, nothing);

@@ -13,6 +13,7 @@ struct GradientTile {
   const TokenSlopes& slopes;
   int64_t first, rows, lanes;
   const float* class_weight;  // or null without smoothing
+  const char* ahead;          // memory that is read after this tile, or null
 
   // From logits x (rows, stride), which may be the tile.
   void of_logits(const float* x, int64_t stride, float* tile) const {
@@ -28,7 +29,7 @@ struct GradientTile {
         continue;
       }
       const Vec high = load_vec(slopes.lse + lane), low = load_vec(slopes.lse_low + lane);
-      vectors(lane, tile + lane, [&](int64_t r) ALWAYS_INLINE_LAMBDA {
+      vectors(lane, sizeof(float), tile + lane, [&](int64_t r) ALWAYS_INLINE_LAMBDA {
         return ((load_vec(x + r * stride + lane) - high) - low) * kLog2E;
       });
     }
@@ -47,7 +48,7 @@ struct GradientTile {
     for (int64_t lane = 0; lane < lanes; lane += kLanes) {
       const Vec high = load_vec(slopes.lse + lane), low = load_vec(slopes.lse_low + lane);
       const Vec base = ((load_vec(origins + lane) - high) - low) * kLog2E, factor = broadcast(-per_step);
-      vectors(lane, tile + lane, [&](int64_t r) ALWAYS_INLINE_LAMBDA {
+      vectors(lane, sizeof(uint16_t), tile + lane, [&](int64_t r) ALWAYS_INLINE_LAMBDA {
         return mul_add(load_integers(steps + r * lanes + lane), factor, base);
       });
     }
@@ -67,11 +68,14 @@ struct GradientTile {
     }
   }
 
-  // exponent(r): log2 of the probabilities of row r.
+  // exponent(r): log2 of the probabilities of row r, from logits of so many bytes.
   template <class Exponent>
-  ALWAYS_INLINE void vectors(int64_t lane, float* to, Exponent exponent) const {
+  ALWAYS_INLINE void vectors(int64_t lane, int64_t bytes, float* to, Exponent exponent) const {
+    const char* fetched = ahead == nullptr ? reinterpret_cast<const char*>(to) : ahead + lane * rows * bytes;
+    const int64_t step = ahead == nullptr ? 0 : kLanes * bytes;
     const Vec slope = load_vec(slopes.p + lane), smoothed = load_vec(slopes.all + lane);
     const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA {
+      __builtin_prefetch(fetched + r * step, 0, 2);
       const Vec dz = slope * exp2(exponent(r));
       store_vec(to + r * kCols, class_weight == nullptr ? dz : dz - smoothed * class_weight[r]);
     };

@@ -99,6 +99,23 @@ static void pack_tokens_by_team(const RowsOf<T>& source, const Strips& strips, i
   }
 }
 
+// to[c] = the pair (first[c], second[c]) of kCols columns, as `interleave` of tile.h.
+[[maybe_unused]] static inline void interleave_strip(const bfloat16* first, const bfloat16* second, uint32_t* to) {
+#ifdef __AVX512BF16__
+  typedef int16_t Halves __attribute__((vector_size(64)));
+  Halves order;
+  for (int i = 0; i < 32; ++i) order[i] = static_cast<int16_t>(i % 2 * 32 + i / 2);
+  for (int c = 0; c < kCols; c += kLanes) {
+    const auto load = [&](const bfloat16* from) {
+      return _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + c)));
+    };
+    _mm512_storeu_si512(to + c, _mm512_permutex2var_epi16(load(first), (__m512i)order, load(second)));
+  }
+#else
+  interleave(first, second, kCols, to);
+#endif
+}
+
 // Rows [first, first + rows) in strips of columns, `floats` apart: element (r, e) at strip s that has column e,
 // [r][e - begin(s)], or with pairs of rows [r / 2]; zeros past the last column and, up to `padded`, past the last row.
 // Whole rows pass, as they lie in memory.
@@ -122,7 +139,7 @@ static void pack_columns_by_team(const RowsOf<T>& source, int64_t first, int64_t
         const bool has_both = i * kTogether + 1 < rows;
         const T* second = has_both ? source.row(r + 1) + strips.begin(s) * stride : row;
         if (has_both && stride == 1 && count == kCols)
-          interleave(row, second, kCols, pairs);
+          interleave_strip(row, second, pairs);
         else
           for (int64_t c = 0; c < kCols; ++c) {
             const uint32_t low = c < count ? row[c * stride].bits : 0u;
