@@ -113,7 +113,7 @@ def test_products_of_a_small_problem(dtype, everything):
 
 
 @pytest.mark.slow
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     N=st.integers(1, 70),
     V=st.integers(1, 300),
