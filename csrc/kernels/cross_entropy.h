@@ -10,8 +10,9 @@
 
 #include "args.h"
 #include "kernels/loss.h"
+#include "kernels/operands.h"
 #include "simd/buffer.h"
-#include "simd/vec_math.h"
+#include "simd/slice.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
@@ -19,6 +20,15 @@ namespace loss {
 // Columns at a time. Two fp32 blocks and one of class weights are 12 KiB of first-level cache; a sum of 1,024
 // terms in vector lanes is rounded before it joins the others (in fp64), which keeps long rows accurate.
 constexpr int64_t kBlock = 1024;
+
+// Where columns are read in place, and nothing but their exponentials is needed, a block is 4 KiB of logits: what is
+// done once a block, some 250 cycles, weighs less for twice as many of bf16; twice as many of fp32 are slower, for
+// while their maximum is looked for nothing is fetched.
+template <class T>
+constexpr int64_t kBlockInPlace = 4096 / sizeof(T);
+
+// How far ahead of the columns at work memory is asked for.
+constexpr int64_t kAheadBytes = 16 << 10;
 
 // `count` columns in fp32, in `to` unless they lie ready; and -inf behind them up to whole vectors: a column that is
 // not there has probability 0.
@@ -45,29 +55,25 @@ static inline void for_vectors(int64_t count, F f) {
   for (; j < count; j += kLanes) f(0, j);
 }
 
-static inline float largest_of(const float* x, int64_t count) {
+template <class X>
+static inline float largest_of(const X* x, int64_t count) {
   Vec largest[4];
   for (Vec& each : largest) each = broadcast(-kInfinity);
-  for_vectors(count, [&](int i, int64_t j) { largest[i] = max(load_vec(x + j), largest[i]); });
-  const Vec all = max(max(largest[0], largest[1]), max(largest[2], largest[3]));
-  float result = all[0];
-  for (int lane = 1; lane < kLanes; ++lane) result = all[lane] > result ? all[lane] : result;
-  return result;
+  for_vectors(count, [&](int i, int64_t j) { largest[i] = max(load_wide(x + j), largest[i]); });
+  return gpt4v_fast::GPT4V_FAST_ISA::largest_of(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
 }
 
-// Meanwhile fetches the block that comes next in memory, `bytes` a column: while exponentials are worked out, no load
+// Meanwhile fetches what comes later, from `ahead` on, `bytes` a column: while exponentials are worked out, no load
 // would ask for it.
-static inline float sum_of_exponentials(const float* z, int64_t count, float origin, const char* next, int64_t bytes) {
+template <class Z>
+static inline float sum_of_exponentials(const Z* z, int64_t count, float origin, const char* ahead, int64_t bytes) {
   const Vec origins = broadcast(origin);
   Vec sum[4] = {};
   for_vectors(count, [&](int i, int64_t j) {
-    __builtin_prefetch(next + j * bytes);
-    sum[i] += exp2((load_vec(z + j) - origins) * kLog2E);
+    __builtin_prefetch(ahead + j * bytes);
+    sum[i] += exp2((load_wide(z + j) - origins) * kLog2E);
   });
-  const Vec all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  float result = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) result += all[lane];
-  return result;
+  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // z = cap(x), in `to` unless there is no cap.
@@ -80,23 +86,24 @@ static inline const float* cap_block(const float* x, const Cap& cap, int64_t cou
 
 // The statistics of one block of columns that starts at `first`, from its logits x and z; argmax only where the block
 // has a logit above `so_far`.
-static Statistics block_statistics(const float* x, const float* z, int64_t count, int64_t first, float so_far,
-                                   const Cap& cap, const Classes& classes, const char* next, int64_t bytes) {
+template <class X>
+static Statistics block_statistics(const X* x, const X* z, int64_t count, int64_t first, float so_far, const Cap& cap,
+                                   const Classes& classes, const char* ahead, int64_t bytes) {
   Statistics s;
   s.best = largest_of(x, count);
   if (s.best > so_far) {
-    while (x[s.argmax] != s.best) ++s.argmax;
+    while (to_float(x[s.argmax]) != s.best) ++s.argmax;
     s.argmax += first;
   }
   const float origin = origin_of(cap(s.best));
   s.origin = origin;
-  s.sum = sum_of_exponentials(z, count, origin, next, bytes);
+  s.sum = sum_of_exponentials(z, count, origin, ahead, bytes);
   if (classes.smoothing > 0.0f) {
     alignas(64) float w[kBlock];
     s.weight = classes.copy(first, count, w);
     float deviation = 0.0f;
 #pragma omp simd reduction(+ : deviation)
-    for (int64_t j = 0; j < count; ++j) deviation += w[j] * (z[j] - origin);
+    for (int64_t j = 0; j < count; ++j) deviation += w[j] * (to_float(z[j]) - origin);
     s.deviation = deviation;
   }
   return s;
@@ -112,15 +119,33 @@ static void forward_row(const CrossEntropyArgs& a, const Classes& classes, const
   alignas(64) float capped[kBlock];
   Statistics total;
   float target_z = 0.0f;
-  for (int64_t first = 0; first < classes.V; first += kBlock) {
-    const int64_t count = min_of(kBlock, classes.V - first);
-    const float* x = load_block(logits + first * stride, stride, count, loaded);
+  const bool in_place = stride == 1 && !cap.active() && classes.smoothing == 0.0f;
+  for (int64_t first = 0, count = 0; first < classes.V; first += count) {
+    const int64_t left = classes.V - first;
+    const T* block = logits + first * stride;
+    const char* ahead = reinterpret_cast<const char*>(block) + kAheadBytes;
+    if (in_place && left >= kLanes) {
+      count = min_of(kBlockInPlace<T>, left / kLanes * kLanes);
+      total.merge(block_statistics(block, block, count, first, total.best, cap, classes, ahead, sizeof(T)), cap);
+      if (label >= first && label < first + count) target_z = to_float(block[label - first]);
+      continue;
+    }
+    count = min_of(kBlock, left);
+    const float* x = load_block(block, stride, count, loaded);
     const float* z = cap_block(x, cap, count, capped);
-    const char* next = reinterpret_cast<const char*>(logits + (first + count) * stride);
-    total.merge(block_statistics(x, z, count, first, total.best, cap, classes, next, stride * sizeof(T)), cap);
+    total.merge(block_statistics(x, z, count, first, total.best, cap, classes, ahead, stride * sizeof(T)), cap);
     if (label >= first && label < first + count) target_z = z[label - first];
   }
   write_counted_row(a, classes, row, total, target_z);
+}
+
+// Whether vectors of floats are stored as elements of T at once.
+template <class T>
+constexpr bool kStoresVectors = sizeof(T) == sizeof(float) || Operands<T>::kPairs;
+
+template <class T>
+static inline void store_vectors(T* to, Vec value) {
+  if constexpr (kStoresVectors<T>) gpt4v_fast::GPT4V_FAST_ISA::store_row(to, value);
 }
 
 template <class T>
@@ -140,8 +165,23 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
   alignas(64) float x[kBlock];      // z where there is a cap, then the gradient
   alignas(64) float slope[kBlock];  // dz/dx
   const Vec p = broadcast(slopes.p), high = broadcast(lse), low = broadcast(lse_low);
-  for (int64_t first = 0; first < classes.V; first += kBlock) {
-    const int64_t count = min_of(kBlock, classes.V - first);
+  const bool is_plain = stride == 1 && out_stride == 1 && !cap.active() && classes.smoothing == 0.0f;
+  for (int64_t first = 0, count = 0; first < classes.V; first += count) {
+    const int64_t left = classes.V - first;
+    const bool in_place = kStoresVectors<T> && is_plain && left >= kLanes;
+    count = in_place ? min_of(kBlockInPlace<T>, left / kLanes * kLanes) : min_of(kBlock, left);
+    const bool has_label = label >= first && label < first + count;
+    T* to = gradient + first * out_stride;
+    if (in_place) {
+      const T* block = logits + first;
+      const float of_label = has_label ? slopes.label(exp((to_float(block[label - first]) - lse) - lse_low)) : 0.0f;
+      for_vectors(count, [&](int, int64_t j) {
+        __builtin_prefetch(reinterpret_cast<const char*>(block + j) + kAheadBytes);
+        store_vectors(to + j, p * exp2(((load_wide(block + j) - high) - low) * kLog2E));
+      });
+      if (has_label) to[label - first] = from_float<T>(of_label);
+      continue;
+    }
     const float* z = load_block(logits + first * stride, stride, count, x);
     if (cap.active()) {
       for (int64_t j = 0; j < count; ++j) {
@@ -151,10 +191,9 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
       }
       z = x;
     }
-    const bool has_label = label >= first && label < first + count;
     const float of_label = has_label ? slopes.label(exp((z[label - first] - lse) - lse_low)) : 0.0f;
     for_vectors(count, [&](int, int64_t j) {
-      __builtin_prefetch(logits + (first + kBlock + j) * stride);
+      __builtin_prefetch(reinterpret_cast<const char*>(logits + (first + j) * stride) + kAheadBytes);
       store_vec(x + j, p * exp2(((load_vec(z + j) - high) - low) * kLog2E));
     });
     if (classes.smoothing > 0.0f) {
@@ -165,7 +204,6 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
     if (has_label) x[label - first] = of_label;
     if (cap.active())
       for (int64_t j = 0; j < count; ++j) x[j] *= slope[j];
-    T* to = gradient + first * out_stride;
     if (out_stride == 1)
       for (int64_t j = 0; j < count; ++j) to[j] = from_float<T>(x[j]);
     else
