@@ -17,15 +17,18 @@
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
 
-// Columns at a time. Two fp32 blocks and one of class weights are 12 KiB of first-level cache; a sum of 1,024
-// terms in vector lanes is rounded before it joins the others (in fp64), which keeps long rows accurate.
-constexpr int64_t kBlock = 1024;
-
-// Where columns are read in place, and nothing but their exponentials is needed, a block is 4 KiB of logits: what is
-// done once a block, some 250 cycles, weighs less for twice as many of bf16; twice as many of fp32 are slower, for
-// while their maximum is looked for nothing is fetched.
+// Columns at a time, 4 KiB of logits: what is done once a block, some 250 cycles, weighs less for more of them, but
+// while their maximum is looked for nothing is fetched. Two fp32 blocks and one of class weights are at most 24 KiB of
+// first-level cache; a sum of 1,024 or 2,048 terms in vector lanes is rounded before it joins the others (in fp64),
+// which keeps long rows accurate. The last columns, fewer than a vector's, are a block of their own.
 template <class T>
-constexpr int64_t kBlockInPlace = 4096 / sizeof(T);
+constexpr int64_t kBlock = 4096 / sizeof(T);
+constexpr int64_t kMaxBlock = 2048;
+
+template <class T>
+static int64_t block_columns(int64_t left) {
+  return left < kLanes ? left : min_of(kBlock<T>, left / kLanes * kLanes);
+}
 
 // How far ahead of the columns at work memory is asked for.
 constexpr int64_t kAheadBytes = 16 << 10;
@@ -85,10 +88,11 @@ static inline const float* cap_block(const float* x, const Cap& cap, int64_t cou
 }
 
 // The statistics of one block of columns that starts at `first`, from its logits x and z; argmax only where the block
-// has a logit above `so_far`.
+// has a logit above `so_far`. Inlined, since columns in place have strides that are known (31 GB/s of fp32, not 23).
 template <class X>
-static Statistics block_statistics(const X* x, const X* z, int64_t count, int64_t first, float so_far, const Cap& cap,
-                                   const Classes& classes, const char* ahead, int64_t bytes) {
+ALWAYS_INLINE static Statistics block_statistics(const X* x, const X* z, int64_t count, int64_t first, float so_far,
+                                                 const Cap& cap, const Classes& classes, const char* ahead,
+                                                 int64_t bytes) {
   Statistics s;
   s.best = largest_of(x, count);
   if (s.best > so_far) {
@@ -99,7 +103,7 @@ static Statistics block_statistics(const X* x, const X* z, int64_t count, int64_
   s.origin = origin;
   s.sum = sum_of_exponentials(z, count, origin, ahead, bytes);
   if (classes.smoothing > 0.0f) {
-    alignas(64) float w[kBlock];
+    alignas(64) float w[kMaxBlock];
     s.weight = classes.copy(first, count, w);
     float deviation = 0.0f;
 #pragma omp simd reduction(+ : deviation)
@@ -115,8 +119,8 @@ static void forward_row(const CrossEntropyArgs& a, const Classes& classes, const
   if (!classes.counted(label)) return write_uncounted_row(a, classes, row);
   const T* logits = static_cast<const T*>(a.logits.data) + row * a.logits.stride[0];
   const int64_t stride = a.logits.stride[1];
-  alignas(64) float loaded[kBlock];
-  alignas(64) float capped[kBlock];
+  alignas(64) float loaded[kMaxBlock];
+  alignas(64) float capped[kMaxBlock];
   Statistics total;
   float target_z = 0.0f;
   const bool in_place = stride == 1 && !cap.active() && classes.smoothing == 0.0f;
@@ -124,13 +128,12 @@ static void forward_row(const CrossEntropyArgs& a, const Classes& classes, const
     const int64_t left = classes.V - first;
     const T* block = logits + first * stride;
     const char* ahead = reinterpret_cast<const char*>(block) + kAheadBytes;
+    count = block_columns<T>(left);
     if (in_place && left >= kLanes) {
-      count = min_of(kBlockInPlace<T>, left / kLanes * kLanes);
       total.merge(block_statistics(block, block, count, first, total.best, cap, classes, ahead, sizeof(T)), cap);
       if (label >= first && label < first + count) target_z = to_float(block[label - first]);
       continue;
     }
-    count = min_of(kBlock, left);
     const float* x = load_block(block, stride, count, loaded);
     const float* z = cap_block(x, cap, count, capped);
     total.merge(block_statistics(x, z, count, first, total.best, cap, classes, ahead, stride * sizeof(T)), cap);
@@ -162,14 +165,14 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
   const int64_t stride = a.logits.stride[1];
   const float lse = at<float>(a.lse, row), lse_low = at<float>(a.lse_low, row);
   const Slopes slopes(a, classes, row);
-  alignas(64) float x[kBlock];      // z where there is a cap, then the gradient
-  alignas(64) float slope[kBlock];  // dz/dx
+  alignas(64) float x[kMaxBlock];      // z where there is a cap, then the gradient
+  alignas(64) float slope[kMaxBlock];  // dz/dx
   const Vec p = broadcast(slopes.p), high = broadcast(lse), low = broadcast(lse_low);
   const bool is_plain = stride == 1 && out_stride == 1 && !cap.active() && classes.smoothing == 0.0f;
   for (int64_t first = 0, count = 0; first < classes.V; first += count) {
     const int64_t left = classes.V - first;
     const bool in_place = kStoresVectors<T> && is_plain && left >= kLanes;
-    count = in_place ? min_of(kBlockInPlace<T>, left / kLanes * kLanes) : min_of(kBlock, left);
+    count = block_columns<T>(left);
     const bool has_label = label >= first && label < first + count;
     T* to = gradient + first * out_stride;
     if (in_place) {
@@ -197,7 +200,7 @@ static void backward_row(const CrossEntropyArgs& a, const Classes& classes, cons
       store_vec(x + j, p * exp2(((load_vec(z + j) - high) - low) * kLog2E));
     });
     if (classes.smoothing > 0.0f) {
-      alignas(64) float w[kBlock];
+      alignas(64) float w[kMaxBlock];
       classes.copy(first, count, w);
       for (int64_t j = 0; j < count; ++j) x[j] -= slopes.all * w[j];
     }
