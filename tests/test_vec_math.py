@@ -34,6 +34,8 @@ def measured(request, tmp_path_factory) -> dict[str, list[float]]:
 def test_errors_are_those_that_the_header_states(measured):
     assert 0 < measured["exp2"][0] < 1.9e-7
     assert 0 < measured["exp2_of_negative"][1] < 1.9e-7
+    assert 0 < measured["log"][0] < 8e-8
+    assert 0 < measured["log_near_1"][0] < 8e-8
     assert 0 < measured["tanh"][0] < 1.8e-7
     assert 0 < measured["tanh"][1] < 1.2e-7
     assert 0 < measured["tanh_slope"][0] < 5e-7
@@ -43,6 +45,8 @@ def test_edges(measured):
     nan, other_nan, *rest = measured["exp2_edges"]
     assert math.isnan(nan) and math.isnan(other_nan)
     assert rest == [0.0, 1.0, 1.0, 0.0, 0.0, 1.0, 2.0, pytest.approx(2.0**127)]
+    nan, *rest = measured["log_edges"]
+    assert math.isnan(nan) and rest == [math.inf, 0.0]
     nan, other_nan, *rest = measured["tanh_edges"]
     assert math.isnan(nan) and math.isnan(other_nan)
     assert rest == [1.0, -1.0, 0.0, -0.0, 1.0, -1.0, -1.0, 1.0]

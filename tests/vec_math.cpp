@@ -17,7 +17,8 @@ static void sweep(const char* name, float low, float high, uint32_t step, Fast f
   for (int sign = 0; sign < 2; ++sign) {
     const float limit = sign ? -low : high;
     if (limit <= 0.0f) continue;
-    for (uint32_t bits = 0; bits + step * kLanes < float_to_bits(limit); bits += step * kLanes) {
+    for (uint32_t bits = low > 0.0f ? float_to_bits(low) : 0; bits + step * kLanes < float_to_bits(limit);
+         bits += step * kLanes) {
       Vec x;
       for (int i = 0; i < kLanes; ++i) x[i] = bits_to_float((bits + i * step) | (sign ? 0x80000000u : 0u));
       const Vec y = fast(x);
@@ -48,6 +49,10 @@ int main() {
   sweep(
       "tanh_slope", -42.0f, 42.0f, 499, [](Vec x) { return isa::tanh_and_slope(x).slope; },
       [](double x) { return 1.0 / std::pow(std::cosh(x), 2); });
+  const auto log = [](Vec x) { return isa::log(x); };
+  sweep("log", 0x1p-126f, 0x1.fp127f, 499, log, [](double x) { return std::log(x); });
+  sweep("log_near_1", 0.5f, 2.0f, 499, log, [](double x) { return std::log(x); });
+  edges("log", log, {nan, inf, 1.0f});
   edges("exp2", exp2, {nan, other_nan, -inf, 0.0f, -0.0f, -3e38f, -151.0f, -1e-9f, 1.0f, 127.0f});
   edges("tanh", tanh, {nan, other_nan, inf, -inf, 0.0f, -0.0f, 3e38f, -3e38f, -87.8f, 89.0f});
 }

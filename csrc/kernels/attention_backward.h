@@ -12,6 +12,8 @@
 // depend on the number of threads, and at most max(kUnits, B Hkv) threads find work.
 #pragma once
 
+#include <cmath>
+
 #include "kernels/attention_backward_bias.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {

@@ -14,6 +14,8 @@ namespace gpt4v_fast::GPT4V_FAST_ISA {
 // each) stay in a first-level cache while keys and values pass by. Both are multiples of every vector's length.
 constexpr int kQueries = 48;
 constexpr int kKeys = 64;
+// The last block of keys takes in up to a quarter more: a block of few keys passes over all of out like a whole one.
+constexpr int kMaxKeys = kKeys + kKeys / 4;
 
 static inline int32_t int_at(const View& view, int64_t index) { return static_cast<const int32_t*>(view.data)[index]; }
 
@@ -93,9 +95,9 @@ static void make_query_block(const AttentionArgs& a, const Sequence& sequence, i
   block.count = count, block.width = round_up(count, kLanes);
   block.min_first = block.min_last = block.min_diagonal = block.min_document = block.min_image = INT32_MAX;
   block.max_first = block.max_last = block.max_diagonal = block.max_document = block.max_image = INT32_MIN;
+  int64_t head = kv_head * group + row / sequence.S, index = row % sequence.S - 1;
   for (int64_t lane = 0; lane < block.width; ++lane) {
-    const int64_t r = row + min_of(lane, count - 1);
-    const int64_t head = kv_head * group + r / sequence.S, index = r % sequence.S;
+    if (lane < count && ++index == sequence.S) ++head, index = 0;
     const int64_t position = clamp(index + sequence.offset, -(1 << 30), 1 << 30);
     const int64_t end = sequence.visible_keys - 1;
     const int64_t first = a.window_left < 0 ? 0 : clamp(position - min_of(a.window_left, 1 << 30), 0, sequence.T);

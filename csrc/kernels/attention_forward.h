@@ -6,20 +6,29 @@
 //     out[d][query]       = out alpha + V^T weights     48 x 64 x Dv multiply-adds
 // so both products broadcast K and V from their natural layout and no reduction crosses lanes. base is the running
 // maximum times factor, and factor is log2(e), times the softmax scale where nothing comes between the product and the
-// exponential. A unit of work is up to kStrips strips of one key head, which share what has to be copied of a block of
-// keys (another dtype, rows far apart). Blocks of keys that no query of a strip sees are skipped. Bytes: q and out
-// once, k and v once per unit of their key head (which holds every query head that shares it). Nothing depends on who
-// does which unit. Scratch is a few tiles a thread; no S x T buffer.
+// exponential. A unit of work is up to kForwardStrips strips of one key head, which share what has to be copied of a
+// block of keys (another dtype, rows far apart). Blocks of keys that no query of a strip sees are skipped. Bytes: q and
+// out once, k and v once per unit of their key head (which holds every query head that shares it). Nothing depends on
+// who does which unit. Scratch is a few tiles a thread; no S x T buffer.
 #pragma once
 
 #include <omp.h>
-
-#include <cmath>
 
 #include "kernels/attention_products.h"
 #include "kernels/attention_softmax.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
+
+// Strips of queries in a unit of work at most, and bytes of their q and out: they take turns in a first-level cache and
+// stay in the second.
+constexpr int kForwardStrips = 16;
+constexpr int64_t kUnitBytes = 512 << 10;
+
+static inline int64_t strips_per_unit(const AttentionArgs& a, int threads) {
+  const int64_t strip_bytes = kQueries * (a.q.size[3] + a.v.size[3]) * sizeof(float);
+  const int64_t fitting = clamp(kUnitBytes / max_of(strip_bytes, 1), 1, kForwardStrips);
+  return clamp(total_strips(a) / (4 * threads), 1, fitting);
+}
 
 // Up to so many queries, as in a decoding step, the products run along D and Dv instead of across queries, where most
 // lanes would be idle: about 2 count / kLanes of the work.
@@ -27,52 +36,53 @@ constexpr int64_t kFewQueries = kLanes / 4;
 
 struct ForwardScratch {
   int64_t padded_D, padded_Dv;  // to whole vectors
-  StripState strips[kStrips];
+  StripState strips[kForwardStrips];
   // Two of what a product still needs while the next tile of scores is made.
   float *values[2], *scores[2], *alpha[2];
-  float *keys, *rows, *bias, *dropout, *stats, *scale;
+  float *keys, *rows, *bias, *dropout, *stats, *largest, *scale;
   int64_t size;
 
-  ForwardScratch(const AttentionArgs& a, float* scratch) {
-    const int64_t tile = kKeys * kQueries;
+  ForwardScratch(const AttentionArgs& a, int64_t strip_count, float* scratch) {
+    const int64_t tile = kMaxKeys * kQueries;
     padded_D = round_up(a.q.size[3], kLanes), padded_Dv = round_up(a.v.size[3], kLanes);
     Arena arena(scratch);
-    for (StripState& strip : strips) {
+    for (int64_t i = 0; i < strip_count; ++i) {
+      StripState& strip = strips[i];
       strip.queries = arena.take(padded_D * kQueries);
       strip.out = arena.take(padded_Dv * kQueries);
       strip.maximum = arena.take(kQueries);
       strip.sum = arena.take(kQueries);
     }
     for (int i = 0; i < 2; ++i) {
-      values[i] = arena.take(kKeys * padded_Dv);
+      values[i] = arena.take(kMaxKeys * padded_Dv);
       scores[i] = arena.take(tile + kQueries);  // one row more, for the pair of an odd key
       alpha[i] = arena.take(kQueries);
     }
-    keys = arena.take(kKeys * padded_D);
+    keys = arena.take(kMaxKeys * padded_D);
     rows = arena.take(kQueries * max_of(padded_D, padded_Dv));  // of q or out, [query][D]
     bias = arena.take(a.bias.defined ? tile : 0);
     dropout = arena.take(a.dropout_p > 0 ? tile : 0);
     stats = arena.take(3 * kQueries);
+    largest = arena.take(kQueries);
     scale = arena.take(kQueries);  // the softmax scale in every lane
     size = arena.used();
   }
 };
 
-// Divides the rows [query][padded_Dv] by their sums and writes them and lse.
-template <class T>
-static void write_forward(const AttentionArgs& a, const QueryBlock& block, float factor, const StripState& strip,
-                          int64_t width, float* rows) {
-  const int64_t Dv = a.v.size[3];
+// Writes lse, and turns the strip's sums into what its output is multiplied by: 0 for a row that saw nothing.
+static void finish_sums(const AttentionArgs& a, const QueryBlock& block, float factor, const StripState& strip,
+                        float* lse) {
+  const bool plain = is_plain(a);
+  for (int64_t lane = 0; lane < block.width; lane += kLanes) {
+    const Vec sum = load_vec(strip.sum + lane);
+    store_vec(lse + lane, log(sum));
+    store_vec(strip.sum + lane, sum == 0.0f ? Vec{} : 1.0f / sum);
+  }
   for (int64_t lane = 0; lane < block.count; ++lane) {
-    const float sum = strip.sum[lane];
-    float* row = rows + lane * width;
-    // A row that saw nothing has a sum of 0 and zeros in its output.
-    if (sum != 0.0f)
-      for (int64_t d = 0; d < Dv; ++d) row[d] = row[d] / sum;
-    unpack<T>(row, Dv, 1, Dv, 1.0f, query_row<T>(a.out, block, lane));
     const double maximum = strip.maximum[lane], base = strip.maximum[lane] * factor;  // rounded, as in start_softmax
     static_cast<float*>(a.lse.data)[row_offset(a.lse, block, lane)] =
-        sum == 0.0f ? -kInfinity : static_cast<float>((is_plain(a) ? base * 0.6931471805599453 : maximum) + ::log(sum));
+        strip.sum[lane] == 0.0f ? -kInfinity
+                                : static_cast<float>((plain ? base * 0.6931471805599453 : maximum) + lse[lane]);
   }
 }
 
@@ -95,6 +105,11 @@ static void start_strip(const AttentionArgs& a, const QueryBlock& block, const F
   for (int64_t lane = 0; lane < kQueries; ++lane) s.scale[lane] = a.scale;
 }
 
+static inline void copy_lanes(const float* from, float* to) {
+#pragma GCC unroll 12
+  for (int64_t lane = 0; lane < kQueries; lane += kLanes) store_vec(to + lane, load_vec(from + lane));
+}
+
 // Few queries: vectors along D.
 template <class T, bool kPlain>
 static void forward_few(const AttentionArgs& a, const QueryBlock& block, const ForwardScratch& s) {
@@ -112,7 +127,9 @@ static void forward_few(const AttentionArgs& a, const QueryBlock& block, const F
     for (int64_t c = 0; !kPlain && c < n; ++c)
       for (int64_t lane = 0; lane < block.width; ++lane) scores[c * kQueries + lane] *= a.scale;
     finish_scores(block, j0, n, cover, documents, images, s.bias, scores, nullptr);
-    start_softmax<kPlain>(block.width, n, factor, strip, scores, alpha, s.stats);
+    copy_lanes(strip.maximum, s.largest);
+    compare_scores(block.width, n, scores, s.largest);
+    start_softmax<kPlain>(block.width, factor, strip, s.largest, alpha, s.stats);
     WeightWork<false, kPlain> work(scores, block.width, n, s.stats);
     finish_softmax(block.width, strip, alpha, s.stats, work);
     if (a.dropout_p > 0) drop_weights<false>(block, j0, n, s.dropout, scores);
@@ -122,7 +139,10 @@ static void forward_few(const AttentionArgs& a, const QueryBlock& block, const F
     product<Into::kAdd>(block.count, s.padded_Dv, n, Broadcast<Along::kRows>{scores, kQueries}, s.values[0],
                         s.padded_Dv, strip.out, s.padded_Dv);
   }
-  write_forward<T>(a, block, factor, strip, s.padded_Dv, strip.out);
+  finish_sums(a, block, factor, strip, s.stats);
+  for (int64_t lane = 0; lane < block.count; ++lane)
+    unpack<T>(strip.out + lane * s.padded_Dv, s.padded_Dv, 1, a.v.size[3], strip.sum[lane],
+              query_row<T>(a.out, block, lane));
 }
 
 // The strips of a unit. Their tiles form one sequence, and the product of a tile's weights with the values is put off
@@ -142,15 +162,21 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
     const StripState* strip = nullptr;
     typename P::ColumnOperand values;
     int64_t width, n;
-    const float *weights, *alpha;
+    const float* weights;
+    float* alpha;  // null where all are 1
   } pending;
   const auto add_values = [&](auto& work) {
-    product<Into::kScaleAndAdd>(Dv, pending.width, P::depth(pending.n), pending.values, pending.weights, kQueries,
-                                pending.strip->out, kQueries, pending.alpha, work);
+    if (pending.alpha == nullptr)
+      product<Into::kAdd>(Dv, pending.width, P::depth(pending.n), pending.values, pending.weights, kQueries,
+                          pending.strip->out, kQueries, nullptr, work);
+    else
+      product<Into::kScaleAndAdd>(Dv, pending.width, P::depth(pending.n), pending.values, pending.weights, kQueries,
+                                  pending.strip->out, kQueries, pending.alpha, work);
   };
   int tile = 0, value_buffer = 0;
-  for (int64_t j0 = begin; j0 < end; j0 += kKeys) {
-    const int64_t block_keys = min_of(kKeys, end - j0);
+  for (int64_t j0 = begin, block_keys; j0 < end; j0 += block_keys) {
+    const int64_t left = blocks[0].sequence.visible_keys - j0;
+    block_keys = left <= kMaxKeys ? left : kKeys;
     const KeyIds documents(a.key_documents, blocks[0].sequence, j0, block_keys),
         images(a.key_images, blocks[0].sequence, j0, block_keys);
     bool is_prepared = false;
@@ -169,40 +195,51 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
         is_prepared = true;
       }
       float *scores = s.scores[tile], *alpha = s.alpha[tile];
-      product<kPlain ? Into::kSet : Into::kSetScaled>(n, width, P::depth(D), keys, strip.queries, kQueries, scores,
-                                                      kQueries, s.scale);
-      finish_scores(block, j0, n, cover, documents, images, s.bias, scores, nullptr);
-      start_softmax<kPlain>(width, n, factor, strip, scores, alpha, s.stats);
+      copy_lanes(strip.maximum, s.largest);
+      if (kPlain && cover == Cover::kWhole) {
+        product<Into::kSetAndCompare>(n, width, P::depth(D), keys, strip.queries, kQueries, scores, kQueries,
+                                      s.largest);
+      } else {
+        product<kPlain ? Into::kSet : Into::kSetScaled>(n, width, P::depth(D), keys, strip.queries, kQueries, scores,
+                                                        kQueries, s.scale);
+        finish_scores(block, j0, n, cover, documents, images, s.bias, scores, nullptr);
+        compare_scores(width, n, scores, s.largest);
+      }
+      const bool has_moved = start_softmax<kPlain>(width, factor, strip, s.largest, alpha, s.stats);
       Work work(scores, width, n, s.stats);
       if (pending.strip != nullptr) add_values(work);
       finish_softmax(width, strip, alpha, s.stats, work);
       if (a.dropout_p > 0) drop_weights<P::kPairs>(block, j0, n, s.dropout, scores);
-      pending = {&strip, values, width, n, scores, alpha};
+      pending = {&strip, values, width, n, scores, has_moved ? alpha : nullptr};
       tile ^= 1;
     }
   }
   NoWork nothing;
   if (pending.strip != nullptr) add_values(nothing);
   for (int64_t i = 0; i < count; ++i) {
-    transpose(s.strips[i].out, kQueries, Dv, blocks[i].count, s.rows, s.padded_Dv);
-    write_forward<T>(a, blocks[i], factor, s.strips[i], s.padded_Dv, s.rows);
+    const StripState& strip = s.strips[i];
+    finish_sums(a, blocks[i], factor, strip, s.stats);
+    transpose(strip.out, kQueries, Dv, blocks[i].count, s.rows, s.padded_Dv);
+    for (int64_t lane = 0; lane < blocks[i].count; ++lane)
+      unpack<T>(s.rows + lane * s.padded_Dv, s.padded_Dv, 1, Dv, strip.sum[lane], query_row<T>(a.out, blocks[i], lane));
   }
 }
 
 template <class T, bool kPlain>
 static void attention_forward_plain_or_not(const AttentionArgs& a, int threads) {
-  const QueryWork work(a, clamp(total_strips(a) / (4 * threads), 1, kStrips));
+  const int64_t unit_strips = strips_per_unit(a, threads);
+  const QueryWork work(a, unit_strips);
   const int64_t count = work.count();
   if (count == 0) return;
   const int team = static_cast<int>(min_of(threads, count));
-  const int64_t scratch_size = ForwardScratch(a, nullptr).size;
+  const int64_t scratch_size = ForwardScratch(a, unit_strips, nullptr).size;
   const Buffer<float> scratch(team * scratch_size);
 #pragma omp parallel num_threads(team)
   {
-    const ForwardScratch s(a, scratch.get() + omp_get_thread_num() * scratch_size);
+    const ForwardScratch s(a, unit_strips, scratch.get() + omp_get_thread_num() * scratch_size);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < count; ++unit) {
-      QueryBlock blocks[kStrips];
+      QueryBlock blocks[kForwardStrips];
       const int64_t strips = work.get(unit, blocks);
       if (is_decoding(a, blocks[0].sequence)) continue;
       // A key head with so few rows has but one strip.

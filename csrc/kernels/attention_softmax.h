@@ -21,15 +21,19 @@ static bool is_plain(const AttentionArgs& a) {
 // What the scores are multiplied by in the exponent.
 static float exponent_factor(const AttentionArgs& a) { return is_plain(a) ? a.scale * kLog2E : kLog2E; }
 
-// The largest of `start` and the scores of n keys in each of a vector's lanes; a NaN never wins.
-static inline Vec largest_score(const float* scores, int64_t n, Vec start) {
-  Vec largest[4] = {start, start, start, start};
-  int64_t c = 0;
-  for (; c + 4 <= n; c += 4)
+// largest[lane] becomes the largest of itself and the scores of n keys; a NaN never wins.
+static void compare_scores(int64_t width, int64_t n, const float* scores, float* largest) {
+  for (int64_t lane = 0; lane < width; lane += kLanes) {
+    const float* column = scores + lane;
+    const Vec start = load_vec(largest + lane);
+    Vec found[4] = {start, start, start, start};
+    int64_t c = 0;
+    for (; c + 4 <= n; c += 4)
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) largest[i] = max(load_vec(scores + (c + i) * kQueries), largest[i]);
-  for (; c < n; ++c) largest[0] = max(load_vec(scores + c * kQueries), largest[0]);
-  return max(max(largest[0], largest[1]), max(largest[2], largest[3]));
+      for (int i = 0; i < 4; ++i) found[i] = max(load_vec(column + (c + i) * kQueries), found[i]);
+    for (; c < n; ++c) found[0] = max(load_vec(column + c * kQueries), found[0]);
+    store_vec(largest + lane, max(max(found[0], found[1]), max(found[2], found[3])));
+  }
 }
 
 // What the softmax of a tile needs per query, kQueries floats each.
@@ -51,43 +55,53 @@ static inline Vec exponent(Vec score, Vec factor, Vec base) {
 template <bool kPairs, bool kPlain>
 struct WeightWork {
   static constexpr int kRows = kPairs ? 2 : 1;
-  const float *from, *end;  // the next row of scores, and the end of the last
+  const float* from;  // the next scores of a vector of queries
   float *to, *stats;
-  int64_t width;
+  int64_t left, steps, lanes_left;
 
   WeightWork(float* scores, int64_t width, int64_t n, float* stats)
-      : from(scores), end(scores + n * kQueries), to(scores), stats(stats), width(width) {
+      : from(scores), to(scores), stats(stats), left(ceil_div(n, kRows)), steps(left), lanes_left(width / kLanes) {
     if (n % kRows == 0) return;
     for (int64_t lane = 0; lane < width; lane += kLanes) store_vec(scores + n * kQueries + lane, broadcast(-kInfinity));
-    end += kQueries;
   }
-  bool is_done() const { return from == end; }
+  bool is_done() const { return lanes_left == 0; }
   ALWAYS_INLINE void step() {
     if (is_done()) return;
-    for (int64_t lane = 0; lane < width; lane += kLanes) {
-      const SoftmaxStats s(stats + lane);
-      const Vec factor = load_vec(s.factor), base = load_vec(s.base);
-      Vec weight[kRows], sum = load_vec(s.sum);
+    const SoftmaxStats s(stats);
+    const Vec factor = load_vec(s.factor), base = load_vec(s.base);
+    Vec weight[kRows], sum = load_vec(s.sum);
 #pragma GCC unroll 2
-      for (int i = 0; i < kRows; ++i) {
-        weight[i] = exp2(exponent<kPlain>(load_vec(from + i * kQueries + lane), factor, base));
-        sum += weight[i];
-      }
-      store_vec(s.sum, sum);
-      store_vec(to + lane, kPairs ? pair_of(weight[0], weight[kRows - 1]) : weight[0]);
+    for (int i = 0; i < kRows; ++i) {
+      weight[i] = exp2(exponent<kPlain>(load_vec(from + i * kQueries), factor, base));
+      sum += weight[i];
     }
+    store_vec(s.sum, sum);
+    store_vec(to, kPairs ? pair_of(weight[0], weight[kRows - 1]) : weight[0]);
     from += kRows * kQueries, to += kQueries;
+    if (--left == 0) {
+      left = steps, --lanes_left, stats += kLanes;
+      from += kLanes - steps * kRows * kQueries, to += kLanes - steps * kQueries;
+    }
   }
 };
 
-// Starts a step of the online softmax: the new running maximum, the base of its weights, and alpha, by which what was
-// summed up under the old one is multiplied.
+// A running maximum may be passed by so many powers of two before it moves, for weights up to 256 are as exact as those
+// up to 1, and what was summed up seldom needs another factor (FlashAttention-4 does so too).
+constexpr float kSlack = 8.0f;
+
+// Starts a step of the online softmax: the maximum that its weights refer to, their base, and alpha, by which what was
+// summed up under the one before is multiplied. `largest_scores` count those of the tile and the maximum before.
+// Returns whether any alpha is not 1.
 template <bool kPlain>
-static void start_softmax(int64_t width, int64_t n, float factor, const StripState& strip, const float* scores,
+static bool start_softmax(int64_t width, float factor, const StripState& strip, const float* largest_scores,
                           float* alpha, float* stats) {
+  const float slack = kSlack / factor < __FLT_MAX__ ? kSlack / factor : __FLT_MAX__;
+  VecInt moved = {};
   for (int64_t lane = 0; lane < width; lane += kLanes) {
     const Vec before = load_vec(strip.maximum + lane);
-    const Vec maximum = largest_score(scores + lane, n, before);
+    const Vec largest = load_vec(largest_scores + lane);
+    const VecInt moves = largest > before + slack;
+    const Vec maximum = moves ? largest : before;
     // Nothing seen so far: 2^(-inf - 0) = 0.
     const Vec base = maximum == -kInfinity ? Vec{} : kPlain ? maximum * factor : maximum;
     const SoftmaxStats s(stats + lane);
@@ -97,7 +111,9 @@ static void start_softmax(int64_t width, int64_t n, float factor, const StripSta
     // Exactly 1 where the maximum stands.
     store_vec(alpha + lane, exp2(kPlain ? before * factor - base : (before - base) * factor));
     store_vec(strip.maximum + lane, maximum);
+    moved |= moves;
   }
+  return any(moved);
 }
 
 // All weights of a tile that are left, and the running sum.

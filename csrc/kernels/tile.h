@@ -20,7 +20,7 @@ struct Rows {
 
 // to[r * width + c] = from(r, c); columns up to `width` are filled with zeros.
 template <class T>
-static void pack(Rows<const T> from, int64_t rows, int64_t cols, float* to, int64_t width) {
+ALWAYS_INLINE static void pack(Rows<const T> from, int64_t rows, int64_t cols, float* to, int64_t width) {
   for (int64_t r = 0; r < rows; ++r) {
     const T* source = from.data + r * from.row_stride;
     float* target = to + r * width;
@@ -65,11 +65,18 @@ static void transpose(const float* from, int64_t from_stride, int64_t rows, int6
     }
 }
 
+// The other way: to(r, c) = factor from[r * width + c], rounded.
 template <class T>
-static void unpack(const float* from, int64_t width, int64_t rows, int64_t cols, float factor, Rows<T> to) {
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < cols; ++c)
-      to.data[r * to.row_stride + c * to.col_stride] = from_float<T>(from[r * width + c] * factor);
+ALWAYS_INLINE static void unpack(const float* from, int64_t width, int64_t rows, int64_t cols, float factor,
+                                 Rows<T> to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* source = from + r * width;
+    T* target = to.data + r * to.row_stride;
+    int64_t c = 0;
+    if (to.col_stride == 1)
+      for (; c + kLanes <= cols; c += kLanes) store_narrow(target + c, load_vec(source + c) * factor);
+    for (; c < cols; ++c) target[c * to.col_stride] = from_float<T>(source[c] * factor);
+  }
 }
 
 // A matrix operand whose elements are broadcast one by one, contiguous along the depth of the product or along its
@@ -166,7 +173,7 @@ static void dot_rows(int64_t rows, int64_t few, int64_t width, const float* a, c
   }
 }
 
-enum class Into { kSet, kSetScaled, kAdd, kScaleAndAdd };
+enum class Into { kSet, kSetAndCompare, kSetScaled, kAdd, kScaleAndAdd };
 
 // Work that has nothing to do with a product but is done in between its steps, so that the processor finds something
 // for the units that a product leaves idle.
@@ -174,13 +181,13 @@ struct NoWork {
   ALWAYS_INLINE void step() {}
 };
 
-constexpr int kWeaveSteps = 4;
+constexpr int kWeaveSteps = 2;
 
 // One register tile of `product` below. A sum of `depth` products is rounded on its own before it joins what stands in
 // c, which keeps long sums accurate.
 template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Work>
 ALWAYS_INLINE static void product_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c,
-                                       int64_t c_stride, const float* column_scale, Work& work) {
+                                       int64_t c_stride, float* columns, Work& work) {
   Vec sum[kTileRows][kTileVectors] = {};
   if (kInto == Into::kAdd)  // c may be far away
 #pragma GCC unroll 16
@@ -211,12 +218,20 @@ ALWAYS_INLINE static void product_tile(Operand a, const float* b, int64_t b_stri
     for (int v = 0; v < kTileVectors; ++v) {
       float* to = c + r * c_stride + v * kLanes;
       Vec value = sum[r][v];
-      if (kInto == Into::kSetScaled) value = value * load_vec(column_scale + v * kLanes);
+      if (kInto == Into::kSetScaled) value = value * load_vec(columns + v * kLanes);
       if (kInto == Into::kAdd) value = load_vec(to) + value;
-      if (kInto == Into::kScaleAndAdd) value = mul_add(load_vec(to), load_vec(column_scale + v * kLanes), value);
+      if (kInto == Into::kScaleAndAdd) value = mul_add(load_vec(to), load_vec(columns + v * kLanes), value);
       store_vec(to, value);
     }
   }
+  if (kInto == Into::kSetAndCompare)
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) {
+      Vec largest = load_vec(columns + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kTileRows; ++r) largest = max(sum[r][v], largest);
+      store_vec(columns + v * kLanes, largest);
+    }
 }
 
 // The register tile: accumulators, one step's vectors of b and one element of a in registers.
@@ -232,38 +247,38 @@ constexpr int kProductVectors = 2;
 // All rows of a few vectors' columns: tiles of kTileRows rows, then halves of it.
 template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Work>
 ALWAYS_INLINE static void product_columns(int64_t rows, int64_t depth, Operand a, const float* b, int64_t b_stride,
-                                          float* c, int64_t c_stride, const float* column_scale, Work& work) {
+                                          float* c, int64_t c_stride, float* columns, Work& work) {
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows)
     product_tile<kInto, kTileRows, kTileVectors>(a.rows_from(r), b, b_stride, depth, c + r * c_stride, c_stride,
-                                                 column_scale, work);
+                                                 columns, work);
   if constexpr (kTileRows > 1)
     if (r < rows)
       product_columns<kInto, kTileRows / 2, kTileVectors>(rows - r, depth, a.rows_from(r), b, b_stride,
-                                                          c + r * c_stride, c_stride, column_scale, work);
+                                                          c + r * c_stride, c_stride, columns, work);
 }
 
 // c (rows, cols) = or += a (rows, depth) b (depth, cols), b and c with contiguous columns, cols a multiple of kLanes.
-// kSetScaled: the product is multiplied by column_scale (cols); kScaleAndAdd: c is, before the product is added. `work`
-// is done on the way as far as there is room, and must not touch the operands.
+// kSetScaled: the product is multiplied by columns (cols); kScaleAndAdd: c is, before the product is added;
+// kSetAndCompare: columns becomes the largest of itself and the product's column, a NaN apart. `work` is done on the
+// way as far as there is room, and must not touch the operands.
 template <Into kInto, class Operand, class Work>
 __attribute__((noinline)) static void product(int64_t rows, int64_t cols, int64_t depth, Operand a, const float* b,
-                                              int64_t b_stride, float* c, int64_t c_stride, const float* column_scale,
+                                              int64_t b_stride, float* c, int64_t c_stride, float* columns,
                                               Work& caller_work) {
   Work work = caller_work;  // its own, and so in registers
   // Vectors are divided evenly: 4 as 2 + 2, for a tile one vector wide would wait for its loads.
   const int64_t vectors = cols / kLanes, tiles = ceil_div(vectors, kProductVectors);
   for (int64_t tile = 0, x = 0; tile < tiles; ++tile) {
     const int64_t end = vectors * (tile + 1) / tiles * kLanes;
-    const float* scale = column_scale == nullptr ? nullptr : column_scale + x;
+    float* at = columns == nullptr ? nullptr : columns + x;
     const int64_t width = (end - x) / kLanes;
     if (width == kProductVectors)
-      product_columns<kInto, kProductRows, kProductVectors>(rows, depth, a, b + x, b_stride, c + x, c_stride, scale,
-                                                            work);
+      product_columns<kInto, kProductRows, kProductVectors>(rows, depth, a, b + x, b_stride, c + x, c_stride, at, work);
     else if (kProductVectors > 2 && width == 2)
-      product_columns<kInto, kProductRows, 2>(rows, depth, a, b + x, b_stride, c + x, c_stride, scale, work);
+      product_columns<kInto, kProductRows, 2>(rows, depth, a, b + x, b_stride, c + x, c_stride, at, work);
     else
-      product_columns<kInto, 2 * kProductRows, 1>(rows, depth, a, b + x, b_stride, c + x, c_stride, scale, work);
+      product_columns<kInto, 2 * kProductRows, 1>(rows, depth, a, b + x, b_stride, c + x, c_stride, at, work);
     x = end;
   }
   caller_work = work;
@@ -271,9 +286,9 @@ __attribute__((noinline)) static void product(int64_t rows, int64_t cols, int64_
 
 template <Into kInto, class Operand>
 static void product(int64_t rows, int64_t cols, int64_t depth, Operand a, const float* b, int64_t b_stride, float* c,
-                    int64_t c_stride, const float* column_scale = nullptr) {
+                    int64_t c_stride, float* columns = nullptr) {
   NoWork work;
-  product<kInto>(rows, cols, depth, a, b, b_stride, c, c_stride, column_scale, work);
+  product<kInto>(rows, cols, depth, a, b, b_stride, c, c_stride, columns, work);
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -42,7 +42,7 @@ static inline Vec mul_add(Vec a, Vec b, Vec c) {
 // The larger of each lane's two; `b` where either is NaN.
 static inline Vec max(Vec a, Vec b) {
 #if defined(__AVX512F__)
-  return _mm512_max_ps(a, b);
+  return _mm512_maskz_max_ps(0xffff, a, b);  // all lanes; GCC 12 warns of an undefined register in the form without
 #elif defined(__AVX2__)
   return _mm256_max_ps(a, b);
 #else
@@ -72,6 +72,29 @@ static inline Vec load_wide(const float16* data) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data)));
 #else
   return Vec{to_float(data[0]), to_float(data[1]), to_float(data[2]), to_float(data[3])};
+#endif
+}
+
+// The other way: kLanes numbers rounded to a tensor's dtype, as from_float does.
+static inline void store_narrow(float* data, Vec value) { store_vec(data, value); }
+
+static inline void store_narrow(bfloat16* data, Vec value) {
+  typedef uint32_t Bits __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+  typedef uint16_t Half __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  const Bits bits = (Bits)value;
+  const Bits rounded = value == value ? bits + 0x7fffu + (bits >> 16 & 1u) : bits | 0x400000u;
+  const Half half = __builtin_convertvector(rounded >> 16, Half);
+  std::memcpy(data, &half, sizeof(half));
+}
+
+static inline void store_narrow(float16* data, Vec value) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(data),
+                      _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(data), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < kLanes; ++i) data[i] = from_float<float16>(value[i]);
 #endif
 }
 

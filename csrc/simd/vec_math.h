@@ -16,6 +16,17 @@ static inline VecInt load_vec(const int32_t* data) { return *reinterpret_cast<co
 
 static inline VecInt broadcast(int32_t value) { return value + VecInt{}; }
 
+// Whether a lane is not 0.
+static inline bool any(VecInt x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x) != 0;
+#else
+  int32_t all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all |= x[lane];
+  return all != 0;
+#endif
+}
+
 constexpr float kInfinity = __builtin_inff();
 
 // 2^n of the integers n in [-127, 128] that `shifted` = n + kRoundingShift holds; -127 gives 0 and 128 infinity.
@@ -32,25 +43,43 @@ static inline Vec reduce(Vec x, Vec* shifted) {
 // 1 / log(2), for e^x = 2^(x / log(2)).
 constexpr float kLog2E = 1.44269504f;
 
-// 2^x for x < 128, relative error 1.9e-7; 0 below -126 (avx512: below -150); a NaN stays a NaN. x = n + f with
-// n = floor(x): 2^f is a polynomial, minimax on [0, 1] (9.2e-8) among those with 2^0 = 1 and 2^1 = 2, so that factors
-// near 1, of which a running sum meets many, have no error of one sign. As few instructions as possible: beside matrix
-// products everything counts.
+#ifdef __AVX512F__
+// 2^(k/32).
+struct PowerTable {
+  alignas(64) float value[2 * kLanes];
+
+  constexpr PowerTable() : value{} {
+    double power = 1.0;
+    for (int k = 0; k < 2 * kLanes; ++k, power *= 1.0218971486541166) value[k] = static_cast<float>(power);
+  }
+};
+static constexpr PowerTable kPowers;
+#endif
+
+// 2^x for x < 128, relative error 1.9e-7; 0 below -126 (avx512: below -150); a NaN stays a NaN. Beside matrix products,
+// which it is woven into, multiplications count most, then all instructions. Factors near 1, of which a running sum
+// meets many, have no error of one sign.
+//
+// avx512: x = k/32 + r, |r| <= 1/64, 2^(k/32) from a table but for its power of two, 2^r = 1 + r (a + b r), minimax
+// (5.3e-8); sums, vreduceps, vscalefps and the look-up find idle units beside a product, and four multiplications are
+// left. Elsewhere x = n + f with n = floor(x), and 2^f is a polynomial, minimax on [0, 1] (9.2e-8) among those with
+// 2^0 = 1 and 2^1 = 2.
 static inline Vec exp2(Vec x) {
 #ifdef __AVX512F__
-  const Vec f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  const Vec r = _mm512_reduce_ps(x, 5 << 4 | _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512i place = (__m512i)(x + 0x1.8p18f);  // whose last bits count 1/32
+  const Vec power =
+      _mm512_permutex2var_ps(_mm512_load_ps(kPowers.value), place, _mm512_load_ps(kPowers.value + kLanes));
+  const Vec slope = mul_add(broadcast(0.24022651f), r, broadcast(0.69315734f));
+  return _mm512_scalef_ps(mul_add(slope, power * r, power), x - r);
 #else
   const Vec shifted = (x - 0.5f) + kRoundingShift;
   const Vec f = x - (shifted - kRoundingShift);
-#endif
   Vec p = mul_add(broadcast(0.00187931862f), f, broadcast(0.00899098907f));
   p = mul_add(p, f, broadcast(0.0558186658f));
   p = mul_add(p, f, broadcast(0.240159333f));
   p = mul_add(p, f, broadcast(0.693151712f));
   p = mul_add(p, f, broadcast(1.0f));
-#ifdef __AVX512F__
-  return _mm512_scalef_ps(p, x);
-#else
   // Unsigned: out of range it wraps, and is not looked at.
   const Vec power = (Vec)((VecUnsigned)p + ((VecUnsigned)shifted << 23));
   return x >= -126.0f ? power : max(Vec{}, x);  // 0, or the NaN
@@ -105,5 +134,24 @@ static inline VecTanh tanh_and_slope(Vec x) {
 }
 
 static inline Vec tanh(Vec x) { return tanh_and_slope(x).value; }
+
+// log(x) for normal x > 0, relative error 8e-8; infinity and a NaN stay what they are. x = m 2^n with m
+// in [sqrt(1/2), sqrt(2)), and a polynomial of degree 8 for (log(m) - f + f^2 / 2) / f^3, f = m - 1 (Moshier, Cephes).
+static inline Vec log(Vec x) {
+  const VecInt n = ((VecInt)x - 0x3f3504f3) >> 23;
+  const Vec f = (Vec)((VecUnsigned)x - ((VecUnsigned)n << 23)) - 1.0f, square = f * f;
+  Vec p = mul_add(broadcast(7.0376836e-2f), f, broadcast(-1.1514610e-1f));
+  p = mul_add(p, f, broadcast(1.1676999e-1f));
+  p = mul_add(p, f, broadcast(-1.2420141e-1f));
+  p = mul_add(p, f, broadcast(1.4249323e-1f));
+  p = mul_add(p, f, broadcast(-1.6668058e-1f));
+  p = mul_add(p, f, broadcast(2.0000714e-1f));
+  p = mul_add(p, f, broadcast(-2.4999994e-1f));
+  p = mul_add(p, f, broadcast(3.3333331e-1f));
+  const Vec count = __builtin_convertvector(n, Vec);
+  p = mul_add(count, broadcast(-2.12194440e-4f), p * f * square);
+  p = mul_add(count, broadcast(0.693359375f), mul_add(square, broadcast(-0.5f), p) + f);
+  return x < kInfinity ? p : x;
+}
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA
