@@ -151,8 +151,8 @@ class CrossEntropyLoss(nn.Module):
 
     Args:
         weight: (V,), class weights, or None; kept as a buffer.
-        ignore_index, reduction, label_smoothing, z_loss, softcap, return_stats: as for
-            `gpt4v_fast.cross_entropy`.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, return_stats,
+            inplace_backward: as for `gpt4v_fast.cross_entropy`.
     """
 
     weight: torch.Tensor | None
@@ -167,6 +167,7 @@ class CrossEntropyLoss(nn.Module):
         z_loss: float = 0.0,
         softcap: float | None = None,
         return_stats: bool = False,
+        inplace_backward: bool = False,
     ) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
@@ -177,6 +178,7 @@ class CrossEntropyLoss(nn.Module):
             "z_loss": z_loss,
             "softcap": softcap,
             "return_stats": return_stats,
+            "inplace_backward": inplace_backward,
         }
 
     def forward(self, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, LossStats]:

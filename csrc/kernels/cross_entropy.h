@@ -12,6 +12,7 @@
 #include "kernels/loss.h"
 #include "kernels/operands.h"
 #include "simd/buffer.h"
+#include "simd/pages.h"
 #include "simd/slice.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
@@ -231,6 +232,9 @@ static void cross_entropy_backward(const CrossEntropyArgs& a, int threads) {
   const loss::Classes classes(a, a.logits.size[1]);
   const loss::Cap cap(a.softcap);
   loss::with_float(a.logits.dtype, [&](auto zero) {
+    const View& to = a.grad_logits;
+    if (to.stride[1] == 1 && to.stride[0] == classes.V)
+      expect_writes(to.data, N * classes.V * static_cast<int64_t>(sizeof(zero)));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < N; ++row) loss::backward_row<decltype(zero)>(a, classes, cap, row);
   });

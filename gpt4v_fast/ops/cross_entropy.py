@@ -47,6 +47,7 @@ def cross_entropy(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_stats: bool = False,
+    inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_sizes: Sequence[int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
@@ -70,6 +71,10 @@ def cross_entropy(
         z_loss: factor of lse^2 (PaLM, Chowdhery et al. 2022).
         softcap: c above (Gemma 2), or None.
         return_stats: also return LossStats(lse, argmax, correct, z_loss); lse is differentiable.
+        inplace_backward: let the gradient take the logits' own memory, which halves what the largest tensors of a
+            training step need and spares the time to get more. The logits are overwritten by the backward pass: whoever
+            else needs them then, and a second backward pass, gets torch's error about an in-place operation. Logits
+            whose rows overlap or are not contiguous, and those of compiled code, which plans memory itself, keep theirs.
         process_group: the processes that share the vocabulary (tensor parallelism): logits and weight are this
             process's columns of V, in the order of the ranks; labels are of the whole vocabulary and the same on every
             process, and so is the result, to the bit. Two all-reduces of a few numbers per token; none backward.
@@ -81,6 +86,7 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind, dtype, shape or device; the message names it.
+            inplace_backward with logits that are a leaf (their values would become their .grad) or a process_group.
         IndexError: a label outside [0, V) that is not ignore_index, with its place; on a GPU the loss and the
             gradients of that row are NaN instead, and `check_labels` raises.
         FallbackError: in strict mode, when no fast kernel takes the call.
@@ -94,9 +100,9 @@ def cross_entropy(
         logits, process_group, vocab_sizes = parts
         target, weight = vocab_parallel.whole(target), vocab_parallel.to_local(weight)
     numbers = (ignore_index, reduction, label_smoothing, z_loss, softcap)
-    arguments = prepare(logits, target, weight, *numbers, return_stats, process_group, vocab_sizes)
+    arguments = prepare(logits, target, weight, *numbers, return_stats, inplace_backward, process_group, vocab_sizes)
     target, options = arguments[1], LossOptions(*arguments[2:6])
-    if len(arguments) == 6:
+    if process_group is None:
         nll, lse, argmax, _ = _cross_entropy_op(*arguments)
         return reduce_loss(nll, lse, argmax, target, options, reduction, z_loss, return_stats)
     nll, lse, argmax, _, label_weight, _ = _sharded_cross_entropy_op(*arguments)
@@ -113,6 +119,7 @@ def prepare(
     z_loss: float = 0.0,
     softcap: float | None = None,
     return_stats: bool = False,
+    inplace_backward: bool = False,
     process_group: ProcessGroup | None = None,
     vocab_sizes: Sequence[int] | None = None,
 ) -> tuple[Any, ...]:
@@ -124,7 +131,12 @@ def prepare(
     target = labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
     options = check_options("weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap)
     shards = vocab_parallel.find_shards("logits", V, process_group, vocab_sizes)
-    further = () if shards is None else (*shards, return_stats)
+    if inplace_backward:
+        if shards is not None:
+            raise ValueError("inplace_backward: expected False with a process_group, got True")
+        if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
+            raise ValueError("inplace_backward: expected logits that were computed, got a leaf that requires a gradient")
+    further = (bool(inplace_backward),) if shards is None else (*shards, return_stats)
     return logits.reshape(target.numel(), V), target, *options, *further
 
 
@@ -247,7 +259,8 @@ def triton_options(options: LossOptions) -> dict[str, Any]:
 def _cross_entropy(
     logits: torch.Tensor, target: torch.Tensor, *rest: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    options = LossOptions(*rest)
+    *loss_options, _ = rest
+    options = LossOptions(*loss_options)
     backend = backends.pick(describe("cross_entropy", logits)).backend
     N, V = logits.shape
     look_at_labels(target, V, options.ignore_index, backend)
@@ -276,13 +289,14 @@ def _cross_entropy_backward(
     lse_low: torch.Tensor,
     *rest: Any,
     shard: bool = False,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`shard`: lse is that of the whole vocabulary, and logits are some columns of it."""
+    """`shard`: lse is that of the whole vocabulary, and logits are some columns of it. `out` may be logits."""
     options = LossOptions(*rest)
     backend = backends.pick(describe("cross_entropy", logits)).backend
     rows = target.reshape(-1).to(torch.int64)
     if backend == "cpu":
-        grad_logits = torch.empty(logits.shape, dtype=logits.dtype)
+        grad_logits = torch.empty(logits.shape, dtype=logits.dtype) if out is None else out
         weight = native_weight(options.class_weight)
         head = (view(logits), view(rows), view(weight), *options[1:])
         _C.cross_entropy_backward(*head, *(view(x) for x in (lse, lse_low, grad_nll, grad_lse, grad_logits)), threads())
@@ -290,10 +304,10 @@ def _cross_entropy_backward(
     if backend == "triton":
         from gpt4v_fast.kernels import cross_entropy as kernel
 
-        return kernel.cross_entropy_backward(grad_nll, grad_lse, logits, rows, lse, **triton_options(options))
+        return kernel.cross_entropy_backward(grad_nll, grad_lse, logits, rows, lse, **triton_options(options), out=out)
     exact_lse = lse.double() + lse_low if shard else None
     gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits.float(), rows, *options, exact_lse)
-    return gradient.to(logits.dtype)
+    return gradient.to(logits.dtype) if out is None else out.copy_(gradient)
 
 
 def _cross_entropy_fake(
@@ -312,14 +326,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
 
 def _autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
     logits, target, lse, lse_low, class_weight = ctx.saved_tensors
-    gradient = _cross_entropy_backward_op(grad_nll, grad_lse, logits, target, lse, lse_low, class_weight, *ctx.scalars)
-    return gradient, *[None] * 5
+    *options, inplace = ctx.scalars
+    arguments = (grad_nll, grad_lse, logits, target, lse, lse_low, class_weight, *options)
+    if inplace and _can_be_overwritten(logits):
+        # No op of torch.library may return its argument.
+        gradient = _cross_entropy_backward(*arguments, out=logits.detach())
+        torch.autograd.graph.increment_version(logits)
+    else:
+        gradient = _cross_entropy_backward_op(*arguments)
+    return gradient, *[None] * 6
+
+
+def _can_be_overwritten(logits: torch.Tensor) -> bool:
+    rows_apart = logits.stride(1) == 1 and logits.stride(0) >= logits.shape[1]
+    return rows_apart and not torch.is_grad_enabled() and not library.is_traced_or_transformed()
 
 
 LOSS_OPTIONS = "Tensor? class_weight, int ignore_index, float label_smoothing, float softcap"
 
 _cross_entropy_op = library.define_op(
-    f"cross_entropy(Tensor logits, Tensor target, {LOSS_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"cross_entropy(Tensor logits, Tensor target, {LOSS_OPTIONS}, bool inplace_backward) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _cross_entropy,
     _cross_entropy_fake,
     setup_context=_setup_context,
@@ -338,7 +365,7 @@ def _sharded_cross_entropy(logits: torch.Tensor, target: torch.Tensor, *rest: An
     *loss_options, sizes, rank, group, with_argmax = rest
 
     def local(rows: torch.Tensor, *options: Any) -> tuple[torch.Tensor, ...]:
-        return _cross_entropy(logits, rows, *options)
+        return _cross_entropy(logits, rows, *options, False)
 
     def logit_at(columns: torch.Tensor) -> torch.Tensor:
         return logits.gather(1, columns[:, None])[:, 0].float()

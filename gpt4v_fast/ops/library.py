@@ -167,6 +167,11 @@ def is_mapped() -> bool:
     return any(x.key() == torch._C._functorch.TransformType.Vmap for x in interpreters)
 
 
+def is_traced_or_transformed() -> bool:
+    """Whether torch.compile, another tracer or a transform of torch.func is at work, which know of no side effects."""
+    return torch.compiler.is_compiling() or _is_traced() or torch._C._are_functorch_transforms_active()
+
+
 def _is_traced() -> bool:
     return torch._C._get_tracing_state() is not None or torch._C._len_torch_dispatch_stack() > 0
 
