@@ -77,7 +77,7 @@ def test_whoever_else_needs_the_logits_is_told():
 
 def test_a_leaf_and_a_process_group_are_refused():
     target = torch.tensor([0, 1, 2])
-    with pytest.raises(ValueError, match="inplace_backward: .* got a leaf"):
+    with pytest.raises(ValueError, match=r"inplace_backward: .* got a leaf"):
         gf.cross_entropy(torch.randn(3, 5, requires_grad=True), target, inplace_backward=True)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

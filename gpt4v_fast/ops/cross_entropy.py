@@ -74,7 +74,7 @@ def cross_entropy(
         inplace_backward: let the gradient take the logits' own memory, which halves what the largest tensors of a
             training step need and spares the time to get more. The logits are overwritten by the backward pass: whoever
             else needs them then, and a second backward pass, gets torch's error about an in-place operation. Logits
-            whose rows overlap or are not contiguous, and those of compiled code, which plans memory itself, keep theirs.
+            whose rows overlap or are not contiguous, and those of compiled code, which plans memory itself, stay.
         process_group: the processes that share the vocabulary (tensor parallelism): logits and weight are this
             process's columns of V, in the order of the ranks; labels are of the whole vocabulary and the same on every
             process, and so is the result, to the bit. Two all-reduces of a few numbers per token; none backward.
@@ -135,7 +135,7 @@ def prepare(
         if shards is not None:
             raise ValueError("inplace_backward: expected False with a process_group, got True")
         if logits.is_leaf and logits.requires_grad and torch.is_grad_enabled():
-            raise ValueError("inplace_backward: expected logits that were computed, got a leaf that requires a gradient")
+            raise ValueError("inplace_backward: expected logits that were computed, got a leaf that requires grad")
     further = (bool(inplace_backward),) if shards is None else (*shards, return_stats)
     return logits.reshape(target.numel(), V), target, *options, *further
 
