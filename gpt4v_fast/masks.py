@@ -37,14 +37,17 @@ class Mask:
         align: "bottom_right" puts the diagonal at offset = T - S (FlashAttention, KV caches); "top_left" at 0 (the
             `is_causal` of F.scaled_dot_product_attention). It moves the window and ALiBi's distances too.
         window: (left, right), tokens seen on either side of the diagonal, or None.
-        documents: int32 ids (B, S), where S == T, or a pair ((B, S), (B, T)); a negative id is padding that neither
-            sees nor is seen.
-        image_blocks: int32 ids, likewise; tokens with the same id see each other whatever the order; a negative id is
-            text.
-        key_lengths: (B,) int32, the number of keys that count in each batch entry.
+        documents: int32 or int64 ids (B, S), where S == T, or a pair ((B, S), (B, T)); a negative id is padding that
+            neither sees nor is seen.
+        image_blocks: ids, likewise; tokens with the same id see each other whatever the order; a negative id is text.
+        key_lengths: (B,) int32 or int64, the number of keys that count in each batch entry.
+
+    int32 saves time on a CPU; ids of 64 bits are exact too. CPU kernels refuse key_lengths that int32 does not hold;
+    on a GPU, where looking would mean waiting, such a length means all keys, or none, as the last rule says.
 
     Raises:
-        ValueError, TypeError: at construction for a bad align, window or dtype; at the call for ids of a wrong shape.
+        ValueError, TypeError: at construction for a bad align, window or dtype; at the call for ids of a wrong shape,
+            or lengths as said above.
     """
 
     causal: bool = False
@@ -155,9 +158,9 @@ def check_window(window: tuple[int | None, int | None] | None) -> None:
 
 def _check_ids(name: str, ids: torch.Tensor) -> None:
     if not isinstance(ids, torch.Tensor):
-        raise TypeError(f"{name}: expected an int32 tensor, got {type(ids).__name__}")
+        raise TypeError(f"{name}: expected an int32 or int64 tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected an int32 tensor, got {ids.dtype}")
+        raise TypeError(f"{name}: expected an int32 or int64 tensor, got {ids.dtype}")
 
 
 def _check_place(name: str, ids: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -165,7 +168,7 @@ def _check_place(name: str, ids: torch.Tensor, shape: tuple[int, ...], device: t
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(ids.shape)}")
     if ids.device != device and ids.device.type != device.type:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {ids.device}")
-    return ids if ids.dtype == torch.int32 else ids.to(torch.int32)
+    return ids
 
 
 def _pair(

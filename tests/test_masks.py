@@ -122,14 +122,18 @@ def test_a_far_image_block_is_found_across_blocks_of_keys():
         ({"window": (-1, 0)}, ValueError, r"window: .* got \(-1, 0\)"),
         ({"window": 5}, ValueError, "window: .* got 5"),
         ({"window": (1.5, None)}, ValueError, r"window: .* got \(1.5, None\)"),
-        ({"documents": torch.zeros(1, 4)}, TypeError, "documents: expected an int32 tensor, got torch.float32"),
-        ({"documents": [0, 1]}, TypeError, "documents: expected an int32 tensor, got list"),
+        (
+            {"documents": torch.zeros(1, 4)},
+            TypeError,
+            "documents: expected an int32 or int64 tensor, got torch.float32",
+        ),
+        ({"documents": [0, 1]}, TypeError, "documents: expected an int32 or int64 tensor, got list"),
         (
             {"image_blocks": (torch.zeros(1, 4).int(),)},
             ValueError,
             "image_blocks: expected ids or a pair .* got 1 tensors",
         ),
-        ({"key_lengths": 3}, TypeError, "key_lengths: expected an int32 tensor, got int"),
+        ({"key_lengths": 3}, TypeError, "key_lengths: expected an int32 or int64 tensor, got int"),
     ],
     ids=lambda value: str(value)[:30] if isinstance(value, dict) else None,
 )

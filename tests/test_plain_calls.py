@@ -142,13 +142,3 @@ def test_calls_too_small_for_a_team_have_the_same_bits_for_any_number_of_threads
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-def test_numbers_over_int32_are_refused_and_not_wrapped():
-    q = torch.randn(3, 1, 8)
-    starts = torch.tensor([0, 2**32 + 3])
-    with pytest.raises(ValueError, match="cu_seqlens_q: expected an end within the 3 rows"):
-        gf.attention_varlen(q, q, q, starts, starts)
-    cache = torch.zeros(1, 4, 1, 8)
-    with pytest.raises(ValueError, match="cache_lengths: expected entry 0 in"):
-        gf.attention_kvcache(q[None, :1], cache, cache, torch.tensor([2**32]))

@@ -167,7 +167,13 @@ def call_native(
     *gradients: torch.Tensor | None,
     cu_seqlens: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
 ) -> None:
-    """Calls `_C.attention_forward` or `_C.attention_backward`; `gradients` are the latter's further tensors."""
+    """Calls `_C.attention_forward` or `_C.attention_backward`; `gradients` are the latter's further tensors.
+
+    `cu_seqlens` are int32. Raises ValueError for key lengths that int32 does not hold.
+    """
+    ids: tuple[torch.Tensor | None, ...] = options[3:8]
+    if ids[0] is not None or ids[2] is not None or ids[4] is not None:
+        ids = _native_ids(*ids)
     sinks = options.sinks
     if sinks is not None and sinks.dtype != torch.float32:
         sinks = sinks.float()
@@ -178,7 +184,8 @@ def call_native(
         options.bias,
         options.alibi_slopes,
         sinks,
-        *options[3:9],  # ids, key lengths and offsets
+        *ids,
+        options.offsets,
         *cu_seqlens,
         *options[10:],  # numbers
         options.dropout_seed,
@@ -187,3 +194,32 @@ def call_native(
         *gradients,
         threads(),
     )
+
+
+def _native_ids(
+    query_documents: torch.Tensor | None,
+    key_documents: torch.Tensor | None,
+    query_images: torch.Tensor | None,
+    key_images: torch.Tensor | None,
+    key_lengths: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, ...]:
+    """MaskTensors in int32, as the extension takes them."""
+    return (
+        *_int32_ids(query_documents, key_documents),
+        *_int32_ids(query_images, key_images),
+        None if key_lengths is None else checks.check_int32("key_lengths", key_lengths),
+    )
+
+
+def _int32_ids(
+    queries: torch.Tensor | None, keys: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Ids in int32. Where it does not hold them: their ranks in the call, negative where they are; order stays."""
+    if queries is None or keys is None or queries.dtype == keys.dtype == torch.int32:
+        return queries, keys
+    if checks.fits_int32(queries) and (keys is queries or checks.fits_int32(keys)):
+        narrow = queries.to(torch.int32)
+        return narrow, narrow if keys is queries else keys.to(torch.int32)
+    distinct, ranks = torch.cat([queries.reshape(-1), keys.reshape(-1)]).unique(return_inverse=True)
+    ranks = (ranks - (distinct < 0).sum()).to(torch.int32)
+    return ranks[: queries.numel()].view(queries.shape), ranks[queries.numel() :].view(keys.shape)

@@ -43,11 +43,12 @@ def attention_kvcache(
         q: (B, S, H, D), fp32, bf16 or fp16.
         k_cache: (B, Tmax, Hkv, D), or paged: (pages, page, Hkv, D). Written in place where k is given.
         v_cache: (B, Tmax, Hkv, Dv), or paged likewise.
-        cache_lengths: (B,) int32, tokens in the cache before this call's k and v.
+        cache_lengths: (B,) int32 or int64, tokens in the cache before this call's k and v.
         k, v: (B, Snew, Hkv, D) and (B, Snew, Hkv, Dv), both or neither, to append at cache_lengths[b].
-        block_table: (B, pages of an entry) int32; token t of entry b is in page block_table[b, t // page]. The
-            CPU reads pages where they lie when H / Hkv * S, the rows that share a key, are at most 16; otherwise the
-            keys that a few entries or heads see are gathered at a time, as `explain` says.
+        block_table: (B, pages of an entry) int32 or int64; token t of entry b is in page block_table[b, t // page], and
+            what stands behind the last token's page is not read. The CPU reads pages where they lie when H / Hkv * S,
+            the rows that share a key, are at most 16; otherwise the keys that a few entries or heads see are gathered
+            at a time, as `explain` says.
         rotary_cos, rotary_sin: (positions, R / 2) tables, any float dtype, both or neither; the first R <= D dimensions
             of q and k are rotated at their positions, (x1 cos - x2 sin, x2 cos + x1 sin), in fp32 with one rounding.
         rotary_interleaved: x1 and x2 are dimensions 2 i and 2 i + 1 (GPT-J), not i and R / 2 + i (Llama, GPT-NeoX).
@@ -102,10 +103,10 @@ def prepare(
         q,
         k_cache,
         v_cache,
-        checks.as_int32(cache_lengths),
+        cache_lengths,
         k,
         v,
-        None if block_table is None else checks.as_int32(block_table),
+        block_table,
         rotary_cos,
         rotary_sin,
         sinks,
@@ -189,18 +190,20 @@ def _check_values(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     lengths: torch.Tensor,
-    total: torch.Tensor,
+    fresh: int,
     block_table: torch.Tensor | None,
     rotary_cos: torch.Tensor | None,
 ) -> None:
-    """Lengths within the cache and the rotary tables, pages within the pool."""
-    S, page = q.shape[1], k_cache.shape[1]
-    capacity = page if block_table is None else page * block_table.shape[1]
-    for b, (before, after) in enumerate(zip(lengths.tolist(), total.tolist(), strict=True)):
+    """Lengths within the cache, the rotary tables and int32, pages within the pool and int32."""
+    S, (pool, page) = q.shape[1], k_cache.shape[:2]
+    pool = min(pool, checks.INT32_MAX + 1)
+    capacity = min(page if block_table is None else page * block_table.shape[1], checks.INT32_MAX)
+    for b, before in enumerate(lengths.tolist()):
+        after = before + fresh
         if before < 0 or after > capacity:
             raise ValueError(
-                f"cache_lengths: expected entry {b} in [0, {capacity - (after - before)}] (the cache holds {capacity} "
-                f"tokens and {after - before} are appended), got {before}"
+                f"cache_lengths: expected entry {b} in [0, {capacity - fresh}] (the cache holds {capacity} tokens and "
+                f"{fresh} are appended), got {before}"
             )
         if rotary_cos is not None and after > rotary_cos.shape[0]:
             raise ValueError(
@@ -210,12 +213,13 @@ def _check_values(
             raise ValueError(f"cache_lengths: expected at least {S} tokens in entry {b} to rotate q, got {after}")
     if block_table is None:
         return
-    used = torch.arange(block_table.shape[1], device=q.device) * page < total[:, None]  # (B, pages of an entry)
-    bad = used & ((block_table < 0) | (block_table >= k_cache.shape[0]))
+    starts = torch.arange(block_table.shape[1], device=q.device) * page
+    used = starts < lengths[:, None].long() + fresh  # (B, pages of an entry)
+    bad = used & ((block_table < 0) | (block_table >= pool))
     if bad.any():
         b, entry = (int(x) for x in bad.nonzero()[0])
         raise ValueError(
-            f"block_table: expected pages in [0, {k_cache.shape[0]}), got {int(block_table[b, entry])} at {(b, entry)}"
+            f"block_table: expected pages in [0, {pool}), got {int(block_table[b, entry])} at {(b, entry)}"
         )
 
 
@@ -238,6 +242,7 @@ def _attention_kvcache(
     softcap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     B, S, H, _ = q.shape
+    fresh = 0 if k is None else k.shape[1]
     used = _features(q, k_cache, v_cache, block_table, sinks, causal, window_left, window_right, softcap)
     key = ("attention_kvcache", q.device, q.dtype, used)
     if backends.pick_by(key, lambda: _describe(q, used)).backend == "cpu":
@@ -245,19 +250,21 @@ def _attention_kvcache(
         lse = q.new_empty((B, H, S), dtype=torch.float32)
         sinks = None if sinks is None else sinks.float()
         scalars = (rotary_interleaved, causal, window_left, window_right, scale, softcap)
+        if not (checks.fits_int32(cache_lengths) and (block_table is None or checks.fits_int32(block_table))):
+            _check_values(q, k_cache, cache_lengths, fresh, block_table, rotary_cos)
+        lengths = checks.clamp_int32(cache_lengths)
+        table = None if block_table is None else checks.clamp_int32(block_table)  # only what is not read is clamped
         try:
             _C.attention_kvcache(
-                q, k_cache, v_cache, cache_lengths, k, v, block_table, rotary_cos, rotary_sin, sinks, *scalars,
-                out, lse, threads(),
-            )  # fmt: skip
+                q, k_cache, v_cache, lengths, k, v, table, rotary_cos, rotary_sin, sinks, *scalars, out, lse, threads()
+            )
         except ValueError:
-            _check_values(q, k_cache, cache_lengths, _total(cache_lengths, k), block_table, rotary_cos)
+            _check_values(q, k_cache, cache_lengths, fresh, block_table, rotary_cos)
             raise
         if k is not None:
             torch.autograd.graph.increment_version((k_cache, v_cache))
         return out, lse
-    total = _total(cache_lengths, k)
-    _check_values(q, k_cache, cache_lengths, total, block_table, rotary_cos)
+    _check_values(q, k_cache, cache_lengths, fresh, block_table, rotary_cos)
     out_and_lse: Any = reference.attention_kvcache(
         q.float(),
         k_cache,
@@ -277,11 +284,6 @@ def _attention_kvcache(
         return_lse=True,
     )
     return out_and_lse[0].contiguous().to(q.dtype), out_and_lse[1]
-
-
-def _total(cache_lengths: torch.Tensor, k: torch.Tensor | None) -> torch.Tensor:
-    """Tokens of each entry once k is appended."""
-    return cache_lengths.long() + (0 if k is None else k.shape[1])
 
 
 _FEATURES = ("pages", _MANY_ROWS, "an empty pool", "gqa", "head size over 256", "sinks", "causal", "window", "softcap")

@@ -46,8 +46,8 @@ def attention_varlen(
         q: (Nq, H, D), fp32, bf16 or fp16, any strides.
         k: (Nk, Hkv, D) in q's dtype.
         v: (Nk, Hkv, Dv) in q's dtype.
-        cu_seqlens_q, cu_seqlens_k: (sequences + 1,), int32, from 0, not decreasing; rows behind the last are in no
-            sequence and give 0.
+        cu_seqlens_q, cu_seqlens_k: (sequences + 1,), int32 or int64, from 0, not decreasing; rows behind the last are
+            in no sequence and give 0.
         max_seqlen_q, max_seqlen_k: taken for compatibility with FlashAttention; a value below the longest sequence is
             refused.
         causal, align, window, scale, softcap, sinks, dropout_p: as for `attention`, within each sequence.
@@ -117,7 +117,7 @@ def prepare(
         softcap=checks.check_softcap(softcap),
         dropout_p=dropout_p,
     )
-    return (q, k, v, checks.as_int32(cu_seqlens_q), checks.as_int32(cu_seqlens_k), limit_q, limit_k, *options)
+    return (q, k, v, cu_seqlens_q, cu_seqlens_k, limit_q, limit_k, *options)
 
 
 def _check_longest(name: str, longest: int | None) -> int:
@@ -153,10 +153,13 @@ def _check_tensors(
     return q, k, v
 
 
-def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> int:
-    """The last start; raises unless they begin at 0, do not decrease and end within the rows."""
-    if starts.is_cpu and (end := _C.end_of_starts(starts, rows, longest)) >= 0:
-        return end
+def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> tuple[torch.Tensor, int]:
+    """The starts in int32, and the last; raises unless they begin at 0, do not decrease and end within the rows."""
+    narrow = checks.clamp_int32(starts)
+    rows = min(rows, checks.INT32_MAX)
+    # The largest number of all may be a larger one's clamped.
+    if starts.is_cpu and 0 <= (end := _C.end_of_starts(narrow, rows, longest)) < checks.INT32_MAX:
+        return narrow, end
     numbers = starts.tolist()
     if numbers[0] != 0:
         raise ValueError(f"{name}: expected the first element to be 0, got {numbers[0]}")
@@ -172,7 +175,7 @@ def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> i
             )
     if numbers[-1] > rows:
         raise ValueError(f"{name}: expected an end within the {rows} rows, got {numbers[-1]}")
-    return numbers[-1]
+    return narrow, numbers[-1]
 
 
 def _pick_backend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: AttentionOptions) -> str:
@@ -206,8 +209,8 @@ def _attention_varlen(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     options = AttentionOptions(*rest)
     Nq, H, _ = q.shape
-    end = _check_starts("cu_seqlens_q", cu_seqlens_q, Nq, max_seqlen_q)
-    _check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
+    cu_seqlens_q, end = _check_starts("cu_seqlens_q", cu_seqlens_q, Nq, max_seqlen_q)
+    cu_seqlens_k, _ = _check_starts("cu_seqlens_k", cu_seqlens_k, k.shape[0], max_seqlen_k)
     if _pick_backend(q, k, v, options) == "cpu":
         out = q.new_empty((Nq, H, v.shape[2]))
         lse = q.new_empty((H, Nq), dtype=torch.float32)
@@ -242,7 +245,7 @@ def _attention_varlen_backward(
         q, k, v, dout, out = (last_dim_contiguous(x) for x in (q, k, v, dout, out))
         call_native(
             _C.attention_backward, q, k, v, options, out, lse, dout, dlse, dq, dk, dv, None, dsinks,
-            cu_seqlens=(cu_seqlens_q, cu_seqlens_k),
+            cu_seqlens=(cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32)),
         )  # fmt: skip
         dsinks = dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else dq.new_empty(0)
         return dq, dk, dv, dq.new_empty(0), dsinks

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -70,9 +71,24 @@ def check_probability(name: str, p: float) -> float:
     return float(p)
 
 
-def as_int32(numbers: torch.Tensor) -> torch.Tensor:
-    """int32 of int32 or int64 numbers; too large ones become the largest, which no check of a length accepts."""
-    if numbers.dtype == torch.int32:
-        return numbers
-    limits = torch.iinfo(torch.int32)
-    return numbers.clamp(limits.min, limits.max).to(torch.int32)
+def fits_int32(numbers: torch.Tensor) -> bool:
+    """Whether int32 holds all of int32 or int64 numbers. It reads them, so they should be on a CPU."""
+    if numbers.dtype == torch.int32 or not numbers.numel():
+        return True
+    low, high = numbers.aminmax()
+    return int(low) >= INT32_MIN and int(high) <= INT32_MAX
+
+
+def check_int32(name: str, numbers: torch.Tensor) -> torch.Tensor:
+    """int32 of int32 or int64 numbers on a CPU; raises ValueError unless it holds them all."""
+    if not fits_int32(numbers):
+        place = ((numbers < INT32_MIN) | (numbers > INT32_MAX)).nonzero()[0]
+        raise ValueError(
+            f"{name}: expected numbers that int32 holds, got {int(numbers[tuple(place)])} at {tuple(place.tolist())}"
+        )
+    return numbers.to(torch.int32)
+
+
+def clamp_int32(numbers: torch.Tensor) -> torch.Tensor:
+    """int32 of int32 or int64 numbers, the nearest to those that it does not hold."""
+    return numbers if numbers.dtype == torch.int32 else numbers.clamp(INT32_MIN, INT32_MAX).to(torch.int32)
