@@ -166,6 +166,26 @@ def _cross_entropy_forward_kernel(
 
 
 @triton.jit
+def gradient_slopes(
+    target, grad_nll, grad_lse, weight_ptr, weight_sum_ptr, V, smoothing,
+    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
+):  # fmt: skip
+    """(slope_p, slope_target, slope_all) of `logit_gradient` for labels that count, of one row or of several."""
+    slope_target = grad_nll
+    slope_p = grad_nll
+    slope_all = tl.zeros_like(grad_nll)
+    if HAS_WEIGHT:
+        slope_target *= tl.load(weight_ptr + target)
+        slope_p = slope_target
+    if SMOOTHING:
+        weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
+        slope_target *= 1.0 - smoothing
+        slope_all = grad_nll * (smoothing / V)
+        slope_p = slope_target + slope_all * weights
+    return slope_p + grad_lse, slope_target, slope_all
+
+
+@triton.jit
 def logit_gradient(
     x, columns, valid, target, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
     HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -206,19 +226,10 @@ def _cross_entropy_backward_kernel(
     column = (target - head).to(tl.int32)  # of the label, counted from the body as the lanes are
     if (target >= 0) & (target < V) & (target != ignore_index):
         lse = tl.load(lse_ptr + row)
-        grad_nll = tl.load(grad_nll_ptr + row)
-        slope_target = grad_nll
-        slope_p = grad_nll
-        slope_all = 0.0
-        if HAS_WEIGHT:
-            slope_target *= tl.load(weight_ptr + target)
-            slope_p = slope_target
-        if SMOOTHING:
-            weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
-            slope_target *= 1.0 - smoothing
-            slope_all = grad_nll * (smoothing / V)
-            slope_p = slope_target + slope_all * weights
-        slope_p += tl.load(grad_lse_ptr + row)
+        slope_p, slope_target, slope_all = gradient_slopes(
+            target, tl.load(grad_nll_ptr + row), tl.load(grad_lse_ptr + row), weight_ptr, weight_sum_ptr, V, smoothing,
+            HAS_WEIGHT, SMOOTHING,
+        )  # fmt: skip
         weight_ptr += head
         for start in tl.range(0, whole, BLOCK):
             x = tl.load(logits_ptr + start + lane).to(tl.float32)  # (BLOCK,)

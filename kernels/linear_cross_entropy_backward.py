@@ -25,7 +25,7 @@ import triton.language as tl
 
 from gpt4v_fast.kernels import configs
 from gpt4v_fast.kernels.common import launch_options, on_device, target_arch
-from gpt4v_fast.kernels.cross_entropy import class_weights, logit_gradient
+from gpt4v_fast.kernels.cross_entropy import class_weights, gradient_slopes, logit_gradient
 from gpt4v_fast.kernels.linear_cross_entropy import Inputs, grouped, inputs, list_rows, logits_tile, row_stride
 from gpt4v_fast.kernels.linear_cross_entropy_products import gradient_scales
 
@@ -59,19 +59,10 @@ def _linear_cross_entropy_gradient_kernel(
         BLOCK_E, UNIT, EVEN_E, HAS_BIAS, PRECISION,
     )  # fmt: skip
     target = tl.load(target_ptr + rows).to(tl.int32)
-    grad_nll = tl.load(grad_nll_ptr + rows)
-    slope_target = grad_nll
-    slope_p = grad_nll
-    slope_all = tl.zeros((BLOCK_M,), tl.float32)
-    if HAS_WEIGHT:
-        slope_target *= tl.load(class_weight_ptr + target)
-        slope_p = slope_target
-    if SMOOTHING:
-        weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
-        slope_target *= 1.0 - smoothing
-        slope_all = grad_nll * (smoothing / V)
-        slope_p = slope_target + slope_all * weights
-    slope_p += tl.load(grad_lse_ptr + rows)
+    slope_p, slope_target, slope_all = gradient_slopes(
+        target, tl.load(grad_nll_ptr + rows), tl.load(grad_lse_ptr + rows), class_weight_ptr, weight_sum_ptr, V,
+        smoothing, HAS_WEIGHT, SMOOTHING,
+    )  # fmt: skip
     gradient = logit_gradient(
         x, columns[None, :], (columns < V)[None, :], target[:, None], tl.load(lse_ptr + rows)[:, None],
         slope_p[:, None], slope_target[:, None], slope_all[:, None], class_weight_ptr, softcap,
