@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from gpt4v_fast import backends
 
@@ -23,6 +26,35 @@ memory_is_measured = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists() or "asan" in os.environ.get("LD_PRELOAD", ""),
     reason="the peak of memory is read from Linux's /proc, and a sanitizer's allocator keeps what is freed",
 )
+
+
+_MEMORY = """
+import sys, torch, gpt4v_fast as gf
+dtype, (N, V, E) = getattr(torch, sys.argv[1]), map(int, sys.argv[2:])
+def status(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+hidden, weight = (torch.randn(rows, E).to(dtype).requires_grad_() for rows in (N, V))
+target = torch.randint(0, V, (N,))
+gf.linear_cross_entropy(hidden[:50], weight[:50], target[:50] % 50, label_smoothing=0.1).backward()
+hidden.grad, weight.grad = torch.empty_like(hidden).fill_(0), torch.empty_like(weight).fill_(0)
+gradients = sum(x.numel() * x.element_size() for x in (hidden, weight))
+def peak(f):
+    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
+    before = status("VmRSS")
+    result = f()
+    return status("VmHWM") - before, status("VmRSS") - before, result
+"""
+
+
+def measured_memory(script: str, dtype: str, N: int, V: int, E: int) -> list[int]:
+    """The numbers that `script` prints in a process of its own, where the tensors of a loss are made and warm.
+
+    peak(f) there gives (the peak over what was resident before f, what is left of that behind it, f()).
+    """
+    arguments = [sys.executable, "-c", _MEMORY + script, dtype, str(N), str(V), str(E)]
+    run = subprocess.run(arguments, capture_output=True, text=True, timeout=250)
+    assert run.returncode == 0, run.stderr
+    return [int(x) for x in run.stdout.split()]
 
 
 def make_labels(N: int, V: int, ignored: float = 0.0, ignore_index: int = IGNORED, seed: int = 1) -> torch.Tensor:
@@ -103,6 +135,24 @@ class LinearCase:
         options = {name: getattr(self, name) for name in names}
         return {**options, "class_weight": class_weights(self.V) if self.weighted else None}
 
+
+# What Hypothesis draws for a test of a loss, and of the linear loss.
+LOSS_ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
+    "dtype": st.sampled_from([FP32, BF16, FP16]),
+    "ignored": st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    "ignore_index": st.sampled_from([IGNORED, 0, -1]),
+    "weighted": st.booleans(),
+    "label_smoothing": st.sampled_from([0.0, 0.1, 1.0]),
+    "z_loss": st.sampled_from([0.0, 1e-3]),
+    "softcap": st.sampled_from([None, 2.0, 50.0]),
+    "reduction": st.sampled_from(["sum", "none"]),
+}
+LINEAR_ARGUMENTS: dict[str, st.SearchStrategy[Any]] = {
+    **LOSS_ARGUMENTS,
+    "spread": st.sampled_from([0.0, 1.0, 8.0]),
+    "planted": st.booleans(),
+    "bias": st.sampled_from([None, FP32, BF16, FP16]),
+}
 
 EVERYTHING = {"weighted": True, "label_smoothing": 0.2, "z_loss": 1e-2, "softcap": 4.0}
 

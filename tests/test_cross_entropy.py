@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from closeness import assert_close, compare, spread_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import BF16, FP16, FP32, IGNORED, ISAS, at_thread_counts, class_weights, make_labels, same_bits
+from loss_cases import (
+    BF16,
+    FP16,
+    FP32,
+    IGNORED,
+    ISAS,
+    LOSS_ARGUMENTS,
+    at_thread_counts,
+    class_weights,
+    make_labels,
+    same_bits,
+)
 from loss_cases import poisoned as poisoned  # a fixture
 
 import gpt4v_fast as gf
@@ -117,15 +128,8 @@ def test_the_oracle_serves_every_argument_too():
 @given(
     N=st.integers(0, 40),
     V=st.integers(1, 2100),
-    dtype=st.sampled_from([FP32, BF16, FP16]),
     spread=st.sampled_from([0.0, 1.0, 30.0]),
-    ignored=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-    ignore_index=st.sampled_from([IGNORED, 0, -1]),
-    weighted=st.booleans(),
-    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    z_loss=st.sampled_from([0.0, 1e-3]),
-    softcap=st.sampled_from([None, 2.0, 50.0]),
-    reduction=st.sampled_from(["sum", "none"]),
+    **LOSS_ARGUMENTS,
 )
 def test_any_arguments(**arguments):
     check(Case("drawn", **arguments))

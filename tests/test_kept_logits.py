@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
-from loss_cases import BF16, EVERYTHING, FP16, FP32, ISAS, at_thread_counts, memory_is_measured, same_bits
+from loss_cases import (
+    BF16,
+    EVERYTHING,
+    FP16,
+    FP32,
+    ISAS,
+    at_thread_counts,
+    measured_memory,
+    memory_is_measured,
+    same_bits,
+)
 from loss_cases import LinearCase as Case
 from loss_cases import poisoned as poisoned  # a fixture
 from test_linear_cross_entropy import check
@@ -155,24 +163,10 @@ def test_lanes_without_a_token_add_nothing(dtype, isa, room, monkeypatch):
 
 
 MEMORY = """
-import sys, torch, gpt4v_fast as gf
-dtype, (N, V, E) = getattr(torch, sys.argv[1]), map(int, sys.argv[2:])
-def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
-hidden, weight = (torch.randn(rows, E).to(dtype).requires_grad_() for rows in (N, V))
-target = torch.randint(0, V, (N,))
-gf.linear_cross_entropy(hidden[:50], weight[:50], target[:50] % 50).backward()
-hidden.grad, weight.grad = torch.empty_like(hidden).fill_(0), torch.empty_like(weight).fill_(0)
-def peak(f):
-    open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-    before = status("VmRSS")
-    result = f()
-    return status("VmHWM") - before, status("VmRSS") - before, result
 without, _, _ = peak(lambda: gf.linear_cross_entropy(hidden.detach(), weight.detach(), target))
 _, held, loss = peak(lambda: gf.linear_cross_entropy(hidden, weight, target))
 before = status("VmRSS") - held
 backward, _, _ = peak(lambda: loss.backward())
-gradients = sum(x.numel() * x.element_size() for x in (hidden, weight))
 print(without, held, held + backward - gradients, status("VmRSS") - before)
 """
 
@@ -184,10 +178,7 @@ print(without, held, held + backward - gradients, status("VmRSS") - before)
 )
 def test_extra_memory(dtype, N, V, E):
     """As the process sees it: little without a gradient, at most 64 MiB with one, and given back by backward."""
-    arguments = [sys.executable, "-c", MEMORY, dtype, str(N), str(V), str(E)]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0, run.stderr
-    without, held, backward, after = (int(x) / 2**20 for x in run.stdout.split())
+    without, held, backward, after = (x / 2**20 for x in measured_memory(MEMORY, dtype, N, V, E))
     # The allocator keeps some of the scratch.
-    assert without < 20 and held < 62 and backward < 64 and after < 32, run.stdout
+    assert without < 20 and held < 62 and backward < 64 and after < 32, (without, held, backward, after)
     assert held > 30 or E > 10_000

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -20,9 +18,11 @@ from loss_cases import (
     FP32,
     IGNORED,
     ISAS,
+    LINEAR_ARGUMENTS,
     at_thread_counts,
     class_weights,
     make_labels,
+    measured_memory,
     memory_is_measured,
     same_bits,
 )
@@ -98,17 +98,7 @@ def test_the_oracle_serves_every_argument_too():
     N=st.integers(0, 70),
     V=st.integers(1, 600),
     E=st.integers(1, 150),
-    dtype=st.sampled_from([FP32, BF16, FP16]),
-    spread=st.sampled_from([0.0, 1.0, 8.0]),
-    planted=st.booleans(),
-    bias=st.sampled_from([None, FP32, BF16, FP16]),
-    ignored=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
-    ignore_index=st.sampled_from([IGNORED, 0, -1]),
-    weighted=st.booleans(),
-    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    z_loss=st.sampled_from([0.0, 1e-3]),
-    softcap=st.sampled_from([None, 2.0, 50.0]),
-    reduction=st.sampled_from(["sum", "none"]),
+    **LINEAR_ARGUMENTS,
 )
 def test_any_arguments(**arguments):
     check(Case("drawn", **arguments))
@@ -308,19 +298,8 @@ def test_a_bad_label_that_reaches_the_kernel_is_not_followed(isa):
 
 
 MEMORY = """
-import sys, torch, gpt4v_fast as gf
-dtype, (N, V, E) = getattr(torch, sys.argv[1]), map(int, sys.argv[2:])
-def status(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
-hidden, weight = (torch.randn(rows, E).to(dtype).requires_grad_() for rows in (N, V))
-target = torch.randint(0, V, (N,))
-gf.linear_cross_entropy(hidden[:50], weight[:50], target[:50] % 50, label_smoothing=0.1).backward()
-hidden.grad, weight.grad = torch.empty_like(hidden).fill_(0), torch.empty_like(weight).fill_(0)
-open("/proc/self/clear_refs", "w").write("5")  # the peak counts from here
-before = status("VmRSS")
-gf.linear_cross_entropy(hidden, weight, target, label_smoothing=0.1).backward()
-gradients = sum(x.numel() * x.element_size() for x in (hidden, weight))
-print(status("VmHWM") - before - gradients)
+most, _, _ = peak(lambda: gf.linear_cross_entropy(hidden, weight, target, label_smoothing=0.1).backward())
+print(most - gradients)
 """
 
 
@@ -331,7 +310,5 @@ def test_extra_memory_is_bounded(dtype, N, V, E):
 
     The second case has more fp32 sums of grad_hidden than are kept at a time.
     """
-    arguments = [sys.executable, "-c", MEMORY, dtype, str(N), str(V), str(E)]
-    run = subprocess.run(arguments, capture_output=True, text=True, timeout=250)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= 64 << 20 < 4 * N * V, f"{int(run.stdout) / 2**20:.1f} MiB beside the gradients"
+    (extra,) = measured_memory(MEMORY, dtype, N, V, E)
+    assert extra <= 64 << 20 < 4 * N * V, f"{extra / 2**20:.1f} MiB beside the gradients"

@@ -12,7 +12,7 @@ import vocab_parallel_cases as cases
 from closeness import compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import BF16, EVERYTHING, FP16, FP32, IGNORED, class_weights, make_labels
+from loss_cases import BF16, EVERYTHING, FP16, FP32, IGNORED, LINEAR_ARGUMENTS, class_weights, make_labels
 from loss_cases import LinearCase as Case
 from process_group import call, results_of
 
@@ -125,17 +125,8 @@ def test_cross_entropy(case, ranks):
     N=st.integers(0, 40),
     V=st.integers(1, 90),
     E=st.integers(1, 40),
-    dtype=st.sampled_from([FP32, BF16, FP16]),
-    spread=st.sampled_from([0.0, 1.0, 8.0]),
-    bias=st.sampled_from([None, FP32, BF16]),
-    ignored=st.sampled_from([0.0, 0.5, 1.0]),
-    ignore_index=st.sampled_from([IGNORED, 0, -1]),
-    weighted=st.booleans(),
-    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
-    z_loss=st.sampled_from([0.0, 1e-3]),
-    softcap=st.sampled_from([None, 2.0, 50.0]),
-    reduction=st.sampled_from(["sum", "none"]),
     cuts=st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    **LINEAR_ARGUMENTS,
 )
 def test_any_arguments(ranks, cuts, **arguments):
     """And any split, ranks without a class among them."""
