@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,6 +17,12 @@ OPTIONS = (
     "Tensor? query_images, Tensor? key_images, Tensor? key_lengths, Tensor? offsets, Tensor? seed, bool causal, "
     "bool bottom_right, int window_left, int window_right, float scale, float softcap, float dropout_p"
 )
+
+# What a call may have that not every kernel takes.
+FEATURES = (
+    "bias", "boolean bias", "alibi", "sinks", "documents", "image blocks", "key lengths", "offsets", "causal", "window",
+    "softcap", "dropout",
+)  # fmt: skip
 
 
 class AttentionOptions(NamedTuple):
@@ -60,16 +66,18 @@ class AttentionOptions(NamedTuple):
             return self.offsets
         return T - S if self.bottom_right else 0
 
-    def kind(self) -> tuple[Any, ...]:
-        """What decides `features`."""
+    def kind(self) -> tuple[bool, ...]:
+        """Which of FEATURES the call has."""
+        has_bias, is_boolean = self.bias is not None, self.bias is not None and self.bias.dtype == torch.bool
         return (
-            None if self.bias is None else self.bias.dtype,
-            self.alibi_slopes is None,
-            self.sinks is None,
-            self.query_documents is None,
-            self.query_images is None,
-            self.key_lengths is None,
-            self.offsets is None,
+            has_bias and not is_boolean,
+            is_boolean,
+            self.alibi_slopes is not None,
+            self.sinks is not None,
+            self.query_documents is not None,
+            self.query_images is not None,
+            self.key_lengths is not None,
+            self.offsets is not None,
             self.causal,
             self.window_left >= 0 or self.window_right >= 0,
             self.softcap > 0,
@@ -77,30 +85,7 @@ class AttentionOptions(NamedTuple):
         )
 
     def features(self) -> set[str]:
-        found = set()
-        if self.bias is not None:
-            found.add("boolean bias" if self.bias.dtype == torch.bool else "bias")
-        if self.alibi_slopes is not None:
-            found.add("alibi")
-        if self.sinks is not None:
-            found.add("sinks")
-        if self.query_documents is not None:
-            found.add("documents")
-        if self.query_images is not None:
-            found.add("image blocks")
-        if self.key_lengths is not None:
-            found.add("key lengths")
-        if self.offsets is not None:
-            found.add("offsets")
-        if self.causal:
-            found.add("causal")
-        if self.window_left >= 0 or self.window_right >= 0:
-            found.add("window")
-        if self.softcap > 0:
-            found.add("softcap")
-        if self.dropout_p > 0:
-            found.add("dropout")
-        return found
+        return {name for name, is_there in zip(FEATURES, self.kind(), strict=True) if is_there}
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
