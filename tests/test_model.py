@@ -1,78 +1,18 @@
-"""The model: every implementation against fp64, caches, padding, image blocks, generation, loss, Trainer."""
+"""The model: every implementation against fp64, caches, padding, image blocks, loss, Trainer."""
 
 from __future__ import annotations
 
 import copy
 import functools
-import re
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
 from closeness import Spreads, assert_close, spread_of
+from model_cases import EAGER, OURS, STOCK, make_batch, make_model, prompt, use
 from transformers import Trainer, TrainingArguments
-from transformers.generation.streamers import BaseStreamer
 
-from gpt4v_fast.models.gpt4v import (
-    PRESETS,
-    GPT4VConfig,
-    GPT4VForConditionalGeneration,
-    GPT4VModel,
-    parameter_count,
-    presets,
-)
-
-IMAGE, PAD, END = 3, 0, 1
-OURS = {"attention": "gpt4v_fast", "patch_embed": "gpt4v_fast", "loss": "gpt4v_fast"}
-STOCK = {"attention": "sdpa", "patch_embed": "conv", "loss": "torch"}
-EAGER = {**STOCK, "attention": "eager"}
-
-
-def make_config(**overrides) -> GPT4VConfig:
-    vision = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
-    vision |= {"image_size": 12, "patch_size": 3, **overrides.pop("vision", {})}
-    text = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "intermediate_size": 48, **overrides.pop("text", {})}
-    return GPT4VConfig(vision, text, **{"projector_merge": 2, "image_token_id": IMAGE, **overrides})
-
-
-def make_model(**overrides) -> GPT4VForConditionalGeneration:
-    torch.manual_seed(0)
-    model = GPT4VForConditionalGeneration(make_config(**overrides))
-    with torch.no_grad():  # larger than the initial weights, so that attention is far from uniform
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model.eval()
-
-
-def use(model: GPT4VForConditionalGeneration, which: dict[str, str]) -> GPT4VForConditionalGeneration:
-    model.set_attn_implementation(which["attention"])
-    model.config.vision_config.patch_embed_implementation = which["patch_embed"]
-    model.config.loss_implementation = which["loss"]
-    return model
-
-
-def make_batch(padding: str = "left", seed: int = 1) -> dict[str, torch.Tensor]:
-    """Rows with two adjacent images, one image, and text alone; labels on the last tokens."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def words(count: int) -> list[int]:
-        return torch.randint(6, 61, (count,), generator=generator).tolist()
-
-    image = [IMAGE] * 4
-    rows = [words(2) + image + image + words(5), words(1) + image + words(6), words(7)]
-    length = max(map(len, rows))
-    ids, mask = torch.full((3, length), PAD), torch.zeros(3, length, dtype=torch.long)
-    labels = torch.full((3, length), -100)
-    for i, row in enumerate(rows):
-        at = slice(length - len(row), length) if padding == "left" else slice(0, len(row))
-        ids[i, at], mask[i, at] = torch.tensor(row), 1
-        stop = at.stop
-        labels[i, stop - 3 : stop] = ids[i, stop - 3 : stop]
-    pixels = torch.randint(0, 256, (3, 3, 12, 12), generator=generator, dtype=torch.uint8)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
+from gpt4v_fast.models.gpt4v import GPT4VForConditionalGeneration, GPT4VModel
 
 
 def run(model: GPT4VForConditionalGeneration, which: dict[str, str], batch: dict[str, torch.Tensor]):
@@ -292,145 +232,19 @@ def test_tied_and_untied_heads():
     assert tied.lm_head.weight.shape == (70, 32)
 
 
-# Generation
-
-
-def prompt(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in batch.items() if name != "labels"}
-
-
-@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
-def test_greedy_is_the_argmax_of_each_step(use_cache):
-    model, inputs = make_model(), prompt(make_batch())
-    got = model.generate(**inputs, max_new_tokens=4, do_sample=False, use_cache=use_cache, eos_token_id=-1)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    with torch.no_grad():
-        for _ in range(4):
-            out = model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"])
-            logits = out.logits[:, -1].clone()
-            logits[:, IMAGE] = -torch.inf
-            ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
-            mask = F.pad(mask, (0, 1), value=1)
-    assert torch.equal(got, ids)
-
-
-def test_generation_of_a_padded_batch_equals_single_prompts():
-    model, inputs = make_model(), prompt(make_batch())
-    together = model.generate(**inputs, max_new_tokens=5, do_sample=False)
-    ids = inputs["input_ids"][1:2, inputs["attention_mask"][1].bool()]
-    alone = model.generate(input_ids=ids, pixel_values=inputs["pixel_values"][2:], max_new_tokens=5, do_sample=False)
-    new = alone[0, ids.shape[1] :]
-    assert torch.equal(together[1, inputs["input_ids"].shape[1] :][: len(new)], new)
-
-
-def test_sampling_is_seeded_and_returns_several():
-    model, inputs = make_model(), prompt(make_batch())
-    rows = []
-    for _ in range(2):
-        torch.manual_seed(3)
-        rows.append(model.generate(**inputs, max_new_tokens=6, do_sample=True, num_return_sequences=5))
-    assert rows[0].shape[0] == 15
-    assert torch.equal(*rows)
-    assert len({tuple(row.tolist()) for row in rows[0][:5]}) > 1
-    assert not (rows[0][:, 15:] == IMAGE).any()
-
-
-def test_several_sequences_keep_their_own_images():
-    model, inputs = make_model(), prompt(make_batch())
-    greedy = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-    several = model.generate(**inputs, max_new_tokens=4, do_sample=True, top_k=1, num_return_sequences=3)
-    assert torch.equal(several, greedy.repeat_interleave(3, 0))
-
-
-def test_beams_find_sequences_at_least_as_likely_as_greedy():
-    model, inputs = make_model(), prompt(make_batch())
-
-    def score(ids: torch.Tensor) -> torch.Tensor:
-        mask = F.pad(inputs["attention_mask"], (0, 4), value=1)
-        with torch.no_grad():
-            logits = model(input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"]).logits
-        logits[..., IMAGE] = -torch.inf
-        chosen = logits[:, 14:-1].log_softmax(-1).gather(-1, ids[:, 15:, None])
-        return chosen.sum((1, 2))
-
-    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
-    greedy, beams = (model.generate(**inputs, **options, num_beams=n) for n in (1, 61))
-    assert (score(beams) >= score(greedy) - 1e-4).all()
-    assert model.generate(**inputs, **options, num_beams=4, num_return_sequences=3).shape == (9, 19)
-
-
-def test_no_repeat_ngram_size():
-    model, inputs = make_model(), prompt(make_batch())
-    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": -1}
-    repeats = []
-    for size in (0, 2):
-        ids = model.generate(**inputs, **options, no_repeat_ngram_size=size)[:, 15:].tolist()
-        repeats.append(any(len(set(pairwise(row))) < len(row) - 1 for row in ids))
-    assert repeats == [True, False]
-
-
-class Collect(BaseStreamer):
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.ended = False
-
-    def put(self, value: torch.Tensor) -> None:
-        self.ids.extend(value.flatten().tolist())
-
-    def end(self) -> None:
-        self.ended = True
-
-
-def test_streamer_gets_every_token():
-    model, streamer = make_model(), Collect()
-    ids = torch.tensor([[7, 8, 9]])
-    out = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, streamer=streamer)
-    assert streamer.ended
-    assert streamer.ids == out[0].tolist()
-
-
-def test_pixels_alone_are_captioned():
-    model = make_model(caption_prompt_ids=[2, IMAGE, 4])
-    pixels = make_batch()["pixel_values"]
-    out = model.generate(pixel_values=pixels, max_new_tokens=3, do_sample=False)
-    assert out[:, :6].tolist() == [[2, IMAGE, IMAGE, IMAGE, IMAGE, 4]] * 3
-    ids = torch.tensor([[2, IMAGE, IMAGE, IMAGE, IMAGE, 4]] * 3)
-    same = model.generate(input_ids=ids, pixel_values=pixels, max_new_tokens=3, do_sample=False)
-    assert torch.equal(out, same)
-    model.config.caption_prompt_ids = [2, 4]
-    with pytest.raises(ValueError, match="caption_prompt_ids must have one image token"):
-        model.generate(pixel_values=pixels)
-
-
-def test_a_second_turn_continues_the_cache():
+def test_embeddings_in_place_of_ids():
     model, batch = make_model(), make_batch()
-    ids, pixels = batch["input_ids"][:1], batch["pixel_values"][:2]
-    first = model.generate(
-        input_ids=ids, pixel_values=pixels, max_new_tokens=3, do_sample=False, eos_token_id=-1,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    more = torch.cat([first.sequences, torch.tensor([[8, 9]])], 1)
-    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
-    fresh = model.generate(input_ids=more, pixel_values=pixels, **options)
-    going_on = model.generate(input_ids=more, past_key_values=first.past_key_values, **options)
-    assert torch.equal(fresh, going_on)
+    embeds = model.get_input_embeddings()(batch["input_ids"])
+    rest = {k: v for k, v in batch.items() if k != "input_ids"}
+    assert torch.equal(model(**rest, inputs_embeds=embeds).loss, model(**batch).loss)
 
 
-def test_speculation_changes_nothing():
-    model = make_model()
-    ids = torch.tensor([[7, 8, 9, 7, 8, 9, 7, 8]])
-    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1}
-    plain = model.generate(input_ids=ids, **options)
-    assert torch.equal(model.generate(input_ids=ids, prompt_lookup_num_tokens=3, **options), plain)
-
-
-def test_a_static_cache_is_refused():
-    model = make_model()
-    with pytest.raises(ValueError, match=r"past_key_values must be a cache that grows.*got StaticCache"):
-        model.generate(input_ids=torch.tensor([[7, 8, 9]]), max_new_tokens=2, cache_implementation="static")
-
-
-# Trainer
+def test_the_base_model_runs_like_the_whole():
+    model, batch = make_model(), prompt(make_batch())
+    base = GPT4VModel(model.config).eval()
+    base.load_state_dict(model.model.state_dict())
+    hidden = base(**batch).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), model(**batch).logits)
 
 
 def test_trainer_takes_steps_and_evaluates(tmp_path):
@@ -449,92 +263,3 @@ def test_trainer_takes_steps_and_evaluates(tmp_path):
     trainer.save_model(str(tmp_path / "saved"))
     again = GPT4VForConditionalGeneration.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
-
-
-# Sizes and bad input
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_the_table_of_presets_is_true(name):
-    row = re.search(rf"^\| {name} \|(.*)\|$", presets.__doc__, re.MULTILINE)
-    cells = [cell.strip() for cell in row.group(1).split("|")]
-    config = GPT4VConfig.from_preset(name)
-    vision, text = config.vision_config, config.text_config
-    heads = f"({text.num_attention_heads}, {text.num_key_value_heads})"
-    assert cells == [
-        f"{parameter_count(name):,}",
-        str(vision.image_size),
-        str(config.image_seq_length),
-        f"{vision.hidden_size} x {vision.num_hidden_layers}",
-        f"{text.hidden_size} x {text.num_hidden_layers} {heads}",
-    ]
-
-
-def test_preset_overrides_reach_the_parts():
-    config = GPT4VConfig.from_preset("tiny", text_config={"vocab_size": 300}, projector_merge=1)
-    assert (config.text_config.vocab_size, config.text_config.hidden_size) == (300, 128)
-    assert config.image_seq_length == 16
-    with pytest.raises(ValueError, match="preset must be one of"):
-        GPT4VConfig.from_preset("huge")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"vision": {"patch_size": 5}}, "image_size must be a positive multiple of patch_size"),
-        ({"vision": {"num_attention_heads": 5}}, "multiple of num_attention_heads"),
-        ({"vision": {"image_mean": [0.5]}}, "num_channels=3 values"),
-        ({"vision": {"patch_embed_implementation": "fold"}}, "patch_embed_implementation must be one of"),
-        ({"text": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads"),
-        ({"text": {"head_dim": 7}}, "head_dim must be positive and even"),
-        ({"projector_merge": 3}, "projector_merge must divide"),
-        ({"image_token_id": 61}, r"image_token_id must be in \[0, 61\)"),
-        ({"loss_implementation": "liger"}, "loss_implementation must be one of"),
-    ],
-)
-def test_bad_configurations_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        make_config(**arguments)
-
-
-def test_bad_inputs_are_refused():
-    model, batch = make_model(), make_batch()
-    ids, pixels = batch["input_ids"], batch["pixel_values"]
-    cases = [
-        (
-            ValueError,
-            "must have 4 <image> tokens.*8 in all.*got 12",
-            {"pixel_values": pixels[:2]},
-        ),
-        (ValueError, "12 <image> tokens, but no pixel_values", {"pixel_values": None}),
-        (ValueError, "pixel_values must have shape", {"pixel_values": pixels[0]}),
-        (ValueError, "multiples of 6", {"pixel_values": pixels[..., :10]}),
-        (ValueError, "pixel_values must have shape", {"pixel_values": pixels[:, :1]}),
-        (ValueError, "attention_mask must have shape", {"attention_mask": batch["attention_mask"][:, 1:]}),
-        (ValueError, "labels must have shape", {"labels": batch["labels"][:, 1:]}),
-        (IndexError, r"input_ids must be in \[0, 61\)", {"input_ids": ids.masked_fill(ids == PAD, 61)}),
-        (IndexError, r"input_ids must be in \[0, 61\)", {"input_ids": ids.masked_fill(ids == PAD, -1)}),
-        (ValueError, "exactly one of input_ids and inputs_embeds", {"input_ids": None}),
-    ]
-    for kind, message, change in cases:
-        with pytest.raises(kind, match=message):
-            model(**{**batch, **change})
-    with pytest.raises(ValueError, match="attn_implementation must be"):
-        model.set_attn_implementation("flash_attention_2")
-    with pytest.raises(TypeError, match="vision_config must be"):
-        GPT4VConfig(vision_config=3)
-
-
-def test_embeddings_in_place_of_ids():
-    model, batch = make_model(), make_batch()
-    embeds = model.get_input_embeddings()(batch["input_ids"])
-    rest = {k: v for k, v in batch.items() if k != "input_ids"}
-    assert torch.equal(model(**rest, inputs_embeds=embeds).loss, model(**batch).loss)
-
-
-def test_the_base_model_runs_like_the_whole():
-    model, batch = make_model(), prompt(make_batch())
-    base = GPT4VModel(model.config).eval()
-    base.load_state_dict(model.model.state_dict())
-    hidden = base(**batch).last_hidden_state
-    assert torch.equal(model.lm_head(hidden), model(**batch).logits)

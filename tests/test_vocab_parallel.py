@@ -12,14 +12,14 @@ import vocab_parallel_cases as cases
 from closeness import compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import BF16, EVERYTHING, FP16, FP32, IGNORED, LINEAR_ARGUMENTS, class_weights, make_labels
+from loss_cases import BF16, EVERYTHING, FP16, FP32, IGNORED, LINEAR_ARGUMENTS, class_weights, make_labels, same_bits
 from loss_cases import LinearCase as Case
-from process_group import call, results_of
+from process_group import results_of
+from vocab_parallel_cases import both_sizes
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
 
-both_sizes = pytest.mark.parametrize("ranks", [2, 4])
 ORACLES = {"linear_cross_entropy": reference.linear_cross_entropy, "cross_entropy": reference.cross_entropy}
 
 
@@ -51,7 +51,7 @@ class Split(torch.autograd.Function):
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+    return a.dtype == b.dtype and same_bits(a, b)
 
 
 def check(
@@ -260,207 +260,3 @@ def test_nothing_counted(ranks):
         assert all(result[0].isnan() for result in results)
         for gradients in results_of(ranks, cases.backward, [torch.ones(()), torch.zeros(5)]):
             assert all((x == 0).all() for x in gradients.values())
-
-
-# What goes over the wire.
-
-
-@both_sizes
-def test_two_all_reduces_of_numbers_per_token(ranks):
-    N, V, E = 50, 64, 24
-    target = make_labels(N, V, 0.3)
-    linear = {"hidden": torch.randn(N, E), "weight": torch.randn(V, E), "target": target}
-    forward = [("MAX", N + 5), ("SUM", 2 * N + 1)]
-    for gradients, backward in ((("hidden", "weight"), [("SUM", N * E)]), (("weight",), [])):
-        seen = results_of(ranks, cases.collectives, "linear_cross_entropy", linear, gradients, {})
-        assert seen == [forward + backward] * ranks
-    logits = {"logits": torch.randn(N, V), "target": target}
-    assert results_of(ranks, cases.collectives, "cross_entropy", logits, ("logits",), {}) == [forward] * ranks
-
-
-def test_nothing_more_for_statistics_than_a_number_per_token():
-    N = 20
-    logits = {"logits": torch.randn(N, 8), "target": make_labels(N, 8), "weight": class_weights(8)}
-    options = {"return_stats": True, "label_smoothing": 0.1}
-    seen = results_of(2, cases.collectives, "cross_entropy", logits, ("logits",), options)
-    assert seen == [[("MAX", 2 * N + 5), ("SUM", 3 * N + 1)]] * 2
-
-
-@both_sizes
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_partial_gradients_of_hidden(dtype, ranks):
-    hidden, weight, target = torch.randn(12, 8).to(dtype), torch.randn(16, 8).to(dtype), make_labels(12, 16, 0.2)
-    results = results_of(ranks, cases.partial_gradients, hidden, weight, target)
-    total = torch.stack([partial.double() for partial, _ in results]).sum(dim=0)
-    for partial, whole in results:
-        assert partial.dtype == whole.dtype == dtype and not torch.equal(partial, whole)
-        torch.testing.assert_close(whole.double(), total, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
-
-
-# DTensors.
-
-
-@both_sizes
-@pytest.mark.parametrize("placement", ["plain", "replicate", "shard"])
-@pytest.mark.parametrize("V", [16, 13, 5])
-def test_dtensor_weight(V, placement, ranks):
-    hidden, weight, bias = torch.randn(8, 12), torch.randn(V, 12), torch.randn(V)
-    target = make_labels(8, V, 0.2)
-    results = results_of(ranks, cases.with_dtensors, hidden, weight, bias, target, placement)
-    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    want = gf.linear_cross_entropy(
-        hidden, weight, target, bias=bias, class_weight=torch.linspace(0.5, 1.5, V), label_smoothing=0.1
-    )
-    exact = torch.autograd.grad(want, leaves)
-    hidden_placement = {"plain": "plain", "replicate": "(Replicate(),)", "shard": "(Shard(dim=0),)"}[placement]
-    for loss, gradients, placements in results:
-        torch.testing.assert_close(loss, want.detach(), rtol=2e-6, atol=0)
-        for got, wanted in zip(gradients, exact, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
-        assert placements == [hidden_placement, "(Shard(dim=0),)", "(Shard(dim=0),)"]
-
-
-@pytest.mark.parametrize("sharded", [False, True], ids=["replicated", "sequence-parallel"])
-def test_a_module_after_parallelize_module(sharded):
-    for one, parallel, compiled in results_of(2, cases.parallel_module, torch.randn(6, 8), make_labels(6, 14), sharded):
-        for want, got, fast in zip(one, parallel, compiled, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
-            assert torch.equal(got, fast)
-
-
-@both_sizes
-def test_dtensor_logits(ranks):
-    logits, target = torch.randn(2, 5, 13), make_labels(10, 13, 0.2).reshape(2, 5)
-    leaf = logits.clone().requires_grad_()
-    want = gf.cross_entropy(leaf, target, z_loss=0.1)
-    (exact,) = torch.autograd.grad(want, leaf)
-    for loss, gradient in results_of(ranks, cases.logits_as_dtensor, logits, target):
-        torch.testing.assert_close(loss, want.detach(), rtol=2e-6, atol=0)
-        torch.testing.assert_close(gradient, exact, rtol=1e-5, atol=1e-7)
-
-
-def test_a_dtensor_of_another_placement_is_refused():
-    for error in call(2, cases.wrong_dtensor, torch.randn(6, 8)):
-        assert isinstance(error, ValueError) and "weight: expected a DTensor of one Shard(0) placement" in str(error)
-
-
-# Compilation, registration.
-
-
-def test_compiles_without_a_graph_break_and_once_for_every_length():
-    for compilations, difference in results_of(2, cases.compiled, [5, 6, 9, 14]):
-        assert compilations == 2 and difference == 0
-
-
-@both_sizes
-def test_autocast_and_torch_func(ranks):
-    hidden, weight, target = torch.randn(12, 8), torch.randn(16, 8), make_labels(12, 16)
-    results = results_of(ranks, cases.under_autocast_and_transforms, hidden, weight, target)
-    for i, dtype in enumerate((FP32, BF16)):
-        leaves = [x.detach().requires_grad_() for x in (hidden, weight)]
-        loss = gf.linear_cross_entropy(leaves[0].to(dtype), leaves[1].to(dtype), target)
-        wanted = torch.autograd.grad(loss, leaves)
-        for how in (2 * i, 2 * i + 1):
-            got = results[0][how][0], torch.cat([result[how][1] for result in results])
-            for x, want in zip(got, wanted, strict=True):
-                assert x.dtype == FP32
-                torch.testing.assert_close(x, want, rtol=0, atol=4 * torch.finfo(dtype).eps * want.abs().max().item())
-
-
-def test_opcheck():
-    results_of(2, cases.registered)
-
-
-# Bad input: an error on every process, and nobody waits.
-
-
-def arguments(**changes: Any) -> dict[str, Any]:
-    torch.manual_seed(0)
-    plain = {"hidden": torch.randn(4, 6), "weight": torch.randn(8, 6), "target": torch.tensor([0, 15, 8, IGNORED])}
-    return {**plain, **changes}
-
-
-def assert_errors(outcomes: list[Any], error: type[Exception], *parts: str) -> None:
-    for outcome, part in zip(outcomes, parts, strict=True):
-        assert type(outcome) is error and part in str(outcome), outcome
-
-
-def test_a_bad_label_is_named_on_every_process():
-    by_rank = [arguments(target=torch.tensor([0, 15, 16, -3]))] * 2
-    message = "in [0, 16) or ignore_index = -100, got 16 at target[2]"
-    assert_errors(call(2, cases.loss, "linear_cross_entropy", by_rank), IndexError, message, message)
-    by_rank = [arguments(target=torch.tensor([99, 15, 15, -3]), shift=1)] * 2
-    message = "got -3 at target[3]"
-    assert_errors(call(2, cases.loss, "linear_cross_entropy", by_rank), IndexError, message, message)
-
-
-def test_a_bad_label_on_one_process_raises_on_all():
-    outcomes = call(2, cases.loss, "linear_cross_entropy", [arguments(), arguments(target=torch.tensor([0, 16, 1, 1]))])
-    assert_errors(outcomes, IndexError, "another process", "got 16 at target[1]")
-
-
-def test_labels_that_differ_are_refused():
-    outcomes = call(2, cases.loss, "linear_cross_entropy", [arguments(), arguments(target=torch.tensor([15, 0, 8, 1]))])
-    assert_errors(outcomes, ValueError, *["target: expected the same labels on every process"] * 2)
-
-
-@both_sizes
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_bad_label_is_a_nan_of_its_row_where_nobody_waits(smoothing, ranks):
-    """As on a GPU, through Triton's interpreter; check_labels knows the label in the whole vocabulary."""
-    target = torch.tensor([0, 16 * ranks, 8, IGNORED])
-    by_rank = [arguments(target=target, label_smoothing=smoothing)] * ranks
-    outcomes = results_of(ranks, cases.without_waiting, "linear_cross_entropy", by_rank)
-    for losses, gradients, error in outcomes:
-        assert losses.isnan().tolist() == [False, True, False, False] and same(losses, outcomes[0][0])
-        assert gradients[0].isnan().any(dim=1).tolist() == [False, True, False, False]
-        assert f"in [0, {8 * ranks}) or ignore_index, got {16 * ranks} at place 1" in error
-
-
-def test_labels_or_arguments_that_differ_are_nan_where_nobody_waits():
-    others = [arguments(target=torch.tensor([15, 0, 8, 1])), arguments(label_smoothing=0.1)]
-    for other in others:
-        for losses, _, error in results_of(2, cases.without_waiting, "linear_cross_entropy", [arguments(), other]):
-            assert losses[:3].isnan().all() and error == ""
-
-
-DIFFERENT = {
-    "vocabulary": {"weight": torch.randn(7, 6)},
-    "smoothing": {"label_smoothing": 0.1},
-    "softcap": {"softcap": 3.0},
-    "ignore-index": {"ignore_index": 3},
-    "dtype": {"hidden": torch.randn(4, 6).bfloat16(), "weight": torch.randn(8, 6).bfloat16()},
-    "class-weight": {"class_weight": torch.ones(8)},
-}
-
-
-@pytest.mark.parametrize("change", DIFFERENT.values(), ids=DIFFERENT.keys())
-def test_arguments_that_differ_are_refused(change):
-    outcomes = call(2, cases.loss, "linear_cross_entropy", [arguments(), arguments(**change)])
-    assert_errors(outcomes, ValueError, *["process_group: expected the same arguments and vocab_sizes"] * 2)
-
-
-WRONG = {
-    "vocab-sizes-count": ({"vocab_sizes": (8, 4, 4)}, ValueError, "vocab_sizes: expected one size for each of 2"),
-    "vocab-sizes-own": ({"vocab_sizes": (7, 7)}, ValueError, "weight: expected the 7 classes that vocab_sizes has"),
-    "bias-of-the-whole": ({"bias": torch.zeros(16)}, ValueError, "bias: expected shape (V,) (8,), got (16,)"),
-    "class-weight-of-the-whole": ({"class_weight": torch.ones(16)}, ValueError, "class_weight: expected shape"),
-}
-
-
-@pytest.mark.parametrize("change, error, message", WRONG.values(), ids=WRONG.keys())
-def test_refuses(change, error, message):
-    outcomes = call(2, cases.loss, "linear_cross_entropy", [arguments(**change)] * 2)
-    assert_errors(outcomes, error, message, message)
-
-
-def test_refuses_what_is_no_group():
-    with pytest.raises(TypeError, match=r"process_group: expected a torch.distributed.ProcessGroup, got str"):
-        gf.linear_cross_entropy(**arguments(), process_group="world")
-    with pytest.raises(ValueError, match="vocab_sizes: expected None without a process_group"):
-        gf.cross_entropy(torch.randn(2, 5), torch.zeros(2, dtype=torch.int64), vocab_sizes=(5,))
-
-
-def test_the_group_still_works_after_errors():
-    outcomes = call(2, cases.loss, "linear_cross_entropy", [arguments()] * 2)
-    assert torch.equal(*outcomes) and outcomes[0].isfinite()

@@ -1,15 +1,18 @@
-"""What the processes of tests/process_group.py do for tests/test_vocab_parallel.py."""
+"""What the processes of tests/process_group.py do for tests/test_vocab_parallel*.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 import gpt4v_fast as gf
 
 OPS = {"linear_cross_entropy": gf.linear_cross_entropy, "cross_entropy": gf.cross_entropy}
+
+both_sizes = pytest.mark.parametrize("ranks", [2, 4])
 
 # Which dimension of an argument is split over the vocabulary.
 SPLIT = {
