@@ -151,15 +151,17 @@ def pixel_transform(
 
 def _per_channel(name: str, value: PerChannel, default: float, C: int, device: torch.device) -> torch.Tensor:
     """(C,) or (1,) in fp64, on `device`."""
+    wanted = "finite numbers other than 0" if name == "std" else "finite numbers"
     if isinstance(value, torch.Tensor):
         checks.check_tensor(name, value, dtypes=(torch.float64, *checks.FLOAT_DTYPES))
         if value.numel() != 1 and value.numel() != C:
             raise ValueError(f"{name}: expected 1 or {C} elements, one per channel, got shape {tuple(value.shape)}")
         if value.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a tensor that needs no gradient, got one that does")
-        # On a GPU zeros are not looked for: reading the tensor would wait for the device.
-        if name == "std" and value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.all():
-            raise ValueError(f"std: expected no zeros, got {value.tolist()}")
+        # On a GPU nobody looks: reading the tensor would wait for the device.
+        is_seen = value.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_seen and not (value.isfinite().all() and (name != "std" or value.all())):
+            raise ValueError(f"{name}: expected {wanted}, got {value.tolist()}")
         return value.reshape(-1).to(device=device, dtype=torch.float64)
     numbers = [default] if value is None else [value] if isinstance(value, (int, float)) else list(value)
     if any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in numbers):
@@ -167,7 +169,6 @@ def _per_channel(name: str, value: PerChannel, default: float, C: int, device: t
     if len(numbers) != 1 and len(numbers) != C:  # not `in`: under torch.compile C may be symbolic
         raise ValueError(f"{name}: expected 1 or {C} numbers, one per channel, got {len(numbers)}")
     if not all(math.isfinite(x) for x in numbers) or (name == "std" and 0.0 in numbers):
-        wanted = "finite numbers other than 0" if name == "std" else "finite numbers"
         raise ValueError(f"{name}: expected {wanted}, got {value}")
     return torch.tensor(numbers, dtype=torch.float64, device=device)
 
