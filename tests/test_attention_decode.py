@@ -142,3 +142,6 @@ def test_explain_says_whether_pages_are_gathered():
     assert "read in place" in gf.explain(gf.attention_kvcache, few, cache, cache, lengths, block_table=table).kernel
     choice = gf.explain(gf.attention_kvcache, many, cache, cache, lengths, block_table=table)
     assert "gathered" in choice.kernel and "over 16" in str(choice)
+    apart = torch.zeros(2, 8, 1, 16)[..., ::2]
+    choice = gf.explain(gf.attention_kvcache, few, cache, apart, lengths, block_table=table)
+    assert "gathered" in choice.kernel and "is not contiguous" in str(choice)

@@ -279,7 +279,7 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
      "cu_seqlens_k: .* within the 9 rows, got 10"),
     ("starts-from-1", {"cu_seqlens_q": int32(1, 4, 9)}, ValueError, "cu_seqlens_q: .* first element to be 0, got 1"),
     ("starts-negative", {"cu_seqlens_q": int32(0, -4, 9)}, ValueError, "cu_seqlens_q: .* got 0 then -4 at 1"),
-    ("max-too-small", {"max_seqlen_q": 4}, ValueError, "max_seqlen of cu_seqlens_q: expected at least 5, .* got 4"),
+    ("max-too-small", {"max_seqlen_q": 4}, ValueError, "max_seqlen_q: expected at least 5, .* got 4"),
     ("max-negative", {"max_seqlen_k": -2}, ValueError, "max_seqlen_k: expected None or a length >= 0, got -2"),
     ("align", {"align": "left"}, ValueError, "align: .* got 'left'"),
     ("window", {"window": (-1, 0)}, ValueError, r"window: .* got \(-1, 0\)"),

@@ -96,7 +96,7 @@ def prepare(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
-    """Checks `attention`'s arguments and returns those of the torch op."""
+    """Checks `attention`'s arguments and returns those of the torch op, which always gives lse too."""
     if not library.attention_tensors_fit(q, k, v, ndim=4, heads=1) or q.shape[0] != k.shape[0]:
         for name, tensor in (("q", q), ("k", k), ("v", v)):
             checks.check_tensor(name, tensor, ndim=4)

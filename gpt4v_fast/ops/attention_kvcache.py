@@ -13,6 +13,7 @@ from gpt4v_fast.ops import checks, library
 from gpt4v_fast.ops.attention_arguments import check_sinks
 
 _MANY_ROWS = "more rows per key head than a decoding step's"
+_APART = "pages whose last dimension is not contiguous"
 
 
 def attention_kvcache(
@@ -286,7 +287,9 @@ def _attention_kvcache(
     return out_and_lse[0].contiguous().to(q.dtype), out_and_lse[1]
 
 
-_FEATURES = ("pages", _MANY_ROWS, "an empty pool", "gqa", "head size over 256", "sinks", "causal", "window", "softcap")
+_FEATURES = (
+    "pages", _MANY_ROWS, "an empty pool", _APART, "gqa", "head size over 256", "sinks", "causal", "window", "softcap",
+)  # fmt: skip
 
 
 def _features(
@@ -307,6 +310,7 @@ def _features(
         block_table is not None,
         H // Hkv * S > _C.DECODE_ROWS,
         block_table is not None and pages * page == 0,
+        block_table is not None and any(x.stride(3) != 1 and x.shape[3] > 1 for x in (k_cache, v_cache)),
         Hkv != H,
         D > 256 or v_cache.shape[3] > 256,
         sinks is not None,
@@ -326,6 +330,8 @@ def _unsupported_by_paged(request: backends.Request) -> str | None:
         return "there is no block_table"
     if _MANY_ROWS in request.features:
         return f"H / Hkv * S is over {_C.DECODE_ROWS}"
+    if _APART in request.features:
+        return "the last dimension of the pages is not contiguous"
     return "the pool is empty" if "an empty pool" in request.features else None
 
 

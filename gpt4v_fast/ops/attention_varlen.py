@@ -88,7 +88,7 @@ def prepare(
     dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> tuple[Any, ...]:
-    """Checks `attention_varlen`'s arguments and returns those of the torch op."""
+    """Checks `attention_varlen`'s arguments and returns those of the torch op, which always gives lse too."""
     if not (library.attention_tensors_fit(q, k, v, ndim=3, heads=1) and _C.do_starts_fit(cu_seqlens_q, cu_seqlens_k)):
         q, k, v = _check_tensors(q, k, v, cu_seqlens_q, cu_seqlens_k)
     _, H, D = q.shape
@@ -171,7 +171,7 @@ def _check_starts(name: str, starts: torch.Tensor, rows: int, longest: int) -> t
             )
         if 0 <= longest < length:
             raise ValueError(
-                f"max_seqlen of {name}: expected at least {length}, sequence {b - 1}'s length, got {longest}"
+                f"max_seqlen_{name[-1]}: expected at least {length}, sequence {b - 1}'s length, got {longest}"
             )
     if numbers[-1] > rows:
         raise ValueError(f"{name}: expected an end within the {rows} rows, got {numbers[-1]}")
