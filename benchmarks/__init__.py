@@ -3,7 +3,7 @@ benchmarks.attention` (`.loss`, `.patch_embed`) in the source tree.
 
 registry.py   what is timed; the cases themselves stand in attention.py, curves.py, loss.py and patch_embed.py,
               the peers in attention_peers.py, engines.py and loss_peers.py
-check.py      no time before the numbers are right
+check.py      no time before the numbers are right; scales.py says how far off a right one may be
 timing.py     interleaved rounds between peak probes; peaks.py has the probes
 memory.py     extra memory of one call, in a process of its own
 runner.py     runs cases; record.py keeps the record (JSON), report.py shows it: table, HTML with plots.py

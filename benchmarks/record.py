@@ -24,8 +24,8 @@ from .timing import Measurement, Settings, Timing
 
 SCHEMA = 3  # 3: extra memory; 2: error is in shares of what rounding explains (check.py); 1: of the row's scale
 SAME = 0.02  # a difference that is not worth a word
-# What must be the same where a run is continued: anything else would put different machines or programs side by side.
 PEERS = ("cut-cross-entropy", "openvino", "onnxruntime", "onnx")
+# What must be the same where a run is continued: anything else would put different machines or programs side by side.
 CONTINUED = ("schema", "commit", "cpu", "cores", "isa", "threads", "versions", "environment", "settings")
 
 
@@ -81,9 +81,10 @@ def write(record: Mapping[str, Any], path: Path) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """
+    """The record in that file.
+
     Raises:
-        ValueError: there is no record in that file.
+        ValueError: there is none.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
