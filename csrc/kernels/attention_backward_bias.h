@@ -134,8 +134,8 @@ static void backward_bias(const AttentionArgs& a, int threads) {
             const Sequence sequence = sequence_at(a, b);
             make_query_block(a, sequence, head / group, head % group * sequence.S + i0, min_of(kQueries, end[2] - i0),
                              block);
-            load_widened<T>(a.q, block, s.rows, s.padded_D, s.queries);
-            load_widened<T>(a.dout, block, s.rows, s.padded_Dv, s.douts);
+            load_widened<T>(a.q, block, s.rows, s.padded_D, s.queries, nullptr);
+            load_widened<T>(a.dout, block, s.rows, s.padded_Dv, s.douts, nullptr);
             load_statistics<T>(a, block, 1.0f, s.base, s.delta);
             for (int64_t j0 = begin[3]; j0 < end[3]; j0 += kKeys) {
               const int64_t n = min_of(kKeys, end[3] - j0);

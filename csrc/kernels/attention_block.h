@@ -13,6 +13,7 @@ namespace gpt4v_fast::GPT4V_FAST_ISA {
 // a tile of scores is kKeys x kQueries floats (12 KiB), so that at head size 64 it and a strip of q and of out (12 KiB
 // each) stay in a first-level cache while keys and values pass by. Both are multiples of every vector's length.
 constexpr int kQueries = 48;
+constexpr int kQueryVectors = kQueries / kLanes;
 constexpr int kKeys = 64;
 // The last block of keys takes in up to a quarter more: a block of few keys passes over all of out like a whole one.
 constexpr int kMaxKeys = kKeys + kKeys / 4;
@@ -82,56 +83,75 @@ struct QueryBlock {
   // Bounds over the rows, for whole blocks of keys.
   int32_t min_first, max_first, min_last, max_last, min_diagonal, max_diagonal;
   int32_t min_document, max_document, min_image, max_image;
+  int32_t vector_last[kQueryVectors];  // the largest of `last` in a vector of rows and in those before
 
   int64_t key_begin() const { return min_first / kKeys * kKeys; }
   int64_t key_end() const { return max_last + 1; }
+  // Whether rows [lane, lane + n) are in use and of one head, and so evenly spaced in memory.
+  bool are_even(int64_t lane, int64_t n) const { return lane + n <= count && head[lane] == head[lane + n - 1]; }
 };
 
 // The rows [row, row + count) of one key head, count <= kQueries.
 static void make_query_block(const AttentionArgs& a, const Sequence& sequence, int64_t kv_head, int64_t row,
                              int64_t count, QueryBlock& block) {
-  const int64_t group = a.q.size[1] / a.k.size[1];
-  block.args = &a, block.sequence = sequence, block.kv_head = kv_head;
-  block.count = count, block.width = round_up(count, kLanes);
-  block.min_first = block.min_last = block.min_diagonal = block.min_document = block.min_image = INT32_MAX;
-  block.max_first = block.max_last = block.max_diagonal = block.max_document = block.max_image = INT32_MIN;
+  const int64_t group = a.q.size[1] / a.k.size[1], width = round_up(count, kLanes);
+  block.args = &a, block.sequence = sequence, block.kv_head = kv_head, block.count = count, block.width = width;
   int64_t head = kv_head * group + row / sequence.S, index = row % sequence.S - 1;
-  for (int64_t lane = 0; lane < block.width; ++lane) {
+  for (int64_t lane = 0; lane < width; ++lane) {
     if (lane < count && ++index == sequence.S) ++head, index = 0;
-    const int64_t position = clamp(index + sequence.offset, -(1 << 30), 1 << 30);
-    const int64_t end = sequence.visible_keys - 1;
-    const int64_t first = a.window_left < 0 ? 0 : clamp(position - min_of(a.window_left, 1 << 30), 0, sequence.T);
-    int64_t last = a.window_right < 0 ? end : min_of(end, position + min_of(a.window_right, 1 << 30));
-    const int64_t diagonal = a.causal ? position : INT32_MAX;
-    const int32_t image =
-        a.query_images.defined && a.causal
-            ? int_at(a.query_images, sequence.b * a.query_images.stride[0] + index * a.query_images.stride[1])
-            : -1;
-    if (image < 0) last = min_of(last, diagonal);
-    last = max_of(last, -1);
     block.head[lane] = head, block.index[lane] = index;
+  }
+  block.min_image = INT32_MAX, block.max_image = INT32_MIN;
+  for (int64_t lane = 0; lane < width; ++lane)
+    block.image[lane] = -1, block.document[lane] = 0, block.slope[lane] = 0.0f;
+  const auto id_of = [&](const View& ids, int64_t lane) {
+    return int_at(ids, sequence.b * ids.stride[0] + block.index[lane] * ids.stride[1]);
+  };
+  if (a.query_images.defined && a.causal)
+    for (int64_t lane = 0; lane < width; ++lane) {
+      const int32_t image = id_of(a.query_images, lane);
+      block.image[lane] = image;
+      if (image >= 0 && image < block.min_image) block.min_image = image;
+      if (image > block.max_image) block.max_image = image;
+    }
+  if (a.query_documents.defined)
+    for (int64_t lane = 0; lane < width; ++lane) block.document[lane] = id_of(a.query_documents, lane);
+  if (a.alibi_slopes.defined)
+    for (int64_t lane = 0; lane < width; ++lane)
+      block.slope[lane] = static_cast<const float*>(
+          a.alibi_slopes.data)[sequence.b * a.alibi_slopes.stride[0] + block.head[lane] * a.alibi_slopes.stride[1]];
+  constexpr int64_t kFar = int64_t{1} << 32;  // no window
+  const int64_t left = a.window_left < 0 ? kFar : min_of(a.window_left, 1 << 30);
+  const int64_t right = a.window_right < 0 ? kFar : min_of(a.window_right, 1 << 30);
+  const int64_t end = sequence.visible_keys - 1, offset = sequence.offset, T = sequence.T;
+  const bool causal = a.causal;
+#pragma omp simd
+  for (int64_t lane = 0; lane < width; ++lane) {
+    const int64_t position = clamp(block.index[lane] + offset, -(1 << 30), 1 << 30);
+    const int64_t diagonal = causal ? position : INT32_MAX, within = min_of(end, position + right);
+    const bool has_image = block.image[lane] >= 0;
+    const int64_t last = max_of(has_image ? within : min_of(within, diagonal), -1);
     block.position[lane] = static_cast<int32_t>(position);
-    block.first[lane] = static_cast<int32_t>(first), block.last[lane] = static_cast<int32_t>(last);
-    block.diagonal[lane] = static_cast<int32_t>(image < 0 ? last : diagonal);
-    block.image[lane] = image;
-    block.document[lane] =
-        a.query_documents.defined
-            ? int_at(a.query_documents, sequence.b * a.query_documents.stride[0] + index * a.query_documents.stride[1])
-            : 0;
-    block.slope[lane] =
-        a.alibi_slopes.defined
-            ? static_cast<const float*>(
-                  a.alibi_slopes.data)[sequence.b * a.alibi_slopes.stride[0] + head * a.alibi_slopes.stride[1]]
-            : 0.0f;
-    const auto widen = [lane](const int32_t* values, int32_t& low, int32_t& high) {
-      if (values[lane] < low) low = values[lane];
-      if (values[lane] > high) high = values[lane];
-    };
-    widen(block.first, block.min_first, block.max_first);
-    widen(block.last, block.min_last, block.max_last);
-    widen(block.diagonal, block.min_diagonal, block.max_diagonal);
-    widen(block.document, block.min_document, block.max_document);
-    if (image >= 0) widen(block.image, block.min_image, block.max_image);
+    block.first[lane] = static_cast<int32_t>(clamp(position - left, 0, T));
+    block.last[lane] = static_cast<int32_t>(last);
+    block.diagonal[lane] = static_cast<int32_t>(has_image ? diagonal : last);
+  }
+  const auto bound = [width](const int32_t* values, int32_t& least, int32_t& most) {
+    int32_t low = INT32_MAX, high = INT32_MIN;
+#pragma omp simd reduction(min : low) reduction(max : high)
+    for (int64_t lane = 0; lane < width; ++lane) {
+      low = values[lane] < low ? values[lane] : low;
+      high = values[lane] > high ? values[lane] : high;
+    }
+    least = low, most = high;
+  };
+  bound(block.first, block.min_first, block.max_first);
+  bound(block.last, block.min_last, block.max_last);
+  bound(block.diagonal, block.min_diagonal, block.max_diagonal);
+  bound(block.document, block.min_document, block.max_document);
+  for (int64_t lane = 0, most = -1; lane < width; ++lane) {
+    most = max_of(most, block.last[lane]);
+    block.vector_last[lane / kLanes] = static_cast<int32_t>(most);
   }
 }
 
@@ -156,6 +176,11 @@ struct KeyIds {
     }
   }
   int32_t operator[](int64_t c) const { return data[c * stride]; }
+  KeyIds from(int64_t c) const {
+    KeyIds ids = *this;
+    if (data != nullptr) ids.data += c * stride;
+    return ids;
+  }
 };
 
 // What keys [j0, j0 + n) are to the block: seen by none of its rows, by some, or all by all.

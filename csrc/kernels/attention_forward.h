@@ -7,9 +7,10 @@
 // so both products broadcast K and V from their natural layout and no reduction crosses lanes. base is the running
 // maximum times factor, and factor is log2(e), times the softmax scale where nothing comes between the product and the
 // exponential. A unit of work is up to kForwardStrips strips of one key head, which share what has to be copied of a
-// block of keys (another dtype, rows far apart). Blocks of keys that no query of a strip sees are skipped. Bytes: q and
-// out once, k and v once per unit of their key head (which holds every query head that shares it). Nothing depends on
-// who does which unit. Scratch is a few tiles a thread; no S x T buffer.
+// block of keys (another dtype, rows far apart). Blocks of keys that no query of a strip sees are skipped, and so are
+// keys at the ends of a block that a vector of queries does not see (`TileKeys`). Bytes: q and out once, k and v once
+// per unit of their key head (which holds every query head that shares it), asked for a block of keys ahead. Nothing
+// depends on who does which unit. Scratch is a few tiles a thread; no S x T buffer.
 #pragma once
 
 #include <omp.h>
@@ -66,6 +67,7 @@ struct ForwardScratch {
     largest = arena.take(kQueries);
     scale = arena.take(kQueries);  // the softmax scale in every lane
     size = arena.used();
+    for (int64_t lane = 0; scratch != nullptr && lane < kQueries; ++lane) scale[lane] = a.scale;
   }
 };
 
@@ -78,12 +80,17 @@ static void finish_sums(const AttentionArgs& a, const QueryBlock& block, float f
     store_vec(lse + lane, log(sum));
     store_vec(strip.sum + lane, sum == 0.0f ? Vec{} : 1.0f / sum);
   }
-  for (int64_t lane = 0; lane < block.count; ++lane) {
+#pragma omp simd
+  for (int64_t lane = 0; lane < block.width; ++lane) {
     const double maximum = strip.maximum[lane], base = strip.maximum[lane] * factor;  // rounded, as in start_softmax
-    static_cast<float*>(a.lse.data)[row_offset(a.lse, block, lane)] =
-        strip.sum[lane] == 0.0f ? -kInfinity
-                                : static_cast<float>((plain ? base * 0.6931471805599453 : maximum) + lse[lane]);
+    const double sum = (plain ? base * 0.6931471805599453 : maximum) + lse[lane];
+    lse[lane] = strip.sum[lane] == 0.0f ? -kInfinity : static_cast<float>(sum);
   }
+  float* out = static_cast<float*>(a.lse.data);
+  if (a.lse.stride[2] == 1 && block.are_even(0, block.count))
+    std::memcpy(out + row_offset(a.lse, block, 0), lse, block.count * sizeof(float));
+  else
+    for (int64_t lane = 0; lane < block.count; ++lane) out[row_offset(a.lse, block, lane)] = lse[lane];
 }
 
 template <class T>
@@ -91,24 +98,37 @@ static void start_strip(const AttentionArgs& a, const QueryBlock& block, const F
                         const StripState& strip) {
   const bool few = block.count <= kFewQueries;
   if (few)
-    pack_queries<T>(a.q, block, strip.queries, s.padded_D);
+    pack_queries<T>(a.q, block, 0, block.count, strip.queries, s.padded_D);
   else
     Products<T>::load_queries(a.q, block, s.rows, s.padded_D, strip.queries, nullptr);
-  std::memset(strip.out, 0, s.padded_Dv * (few ? block.count : kQueries) * sizeof(float));
+  for (int64_t lane = 0; lane < kQueries; ++lane) strip.maximum[lane] = -kInfinity, strip.sum[lane] = 0.0f;
+  if (!a.sinks.defined) return;
   for (int64_t lane = 0; lane < block.width; ++lane) {
     // The sink is a key with score `sink` and value 0.
-    const float sink =
-        a.sinks.defined ? static_cast<const float*>(a.sinks.data)[block.head[lane] * a.sinks.stride[0]] : -kInfinity;
+    const float sink = static_cast<const float*>(a.sinks.data)[block.head[lane] * a.sinks.stride[0]];
     strip.maximum[lane] = sink;
     strip.sum[lane] = sink == -kInfinity ? 0.0f : 1.0f;
   }
-  for (int64_t lane = 0; lane < kQueries; ++lane) s.scale[lane] = a.scale;
 }
 
 static inline void copy_lanes(const float* from, float* to) {
 #pragma GCC unroll 12
   for (int64_t lane = 0; lane < kQueries; lane += kLanes) store_vec(to + lane, load_vec(from + lane));
 }
+
+// The keys of a tile for each vector of queries, not fewer than for the vector before, so that little is done for a
+// triangle that is hidden: as many as one of the vector's queries sees, in eights.
+struct TileKeys {
+  int64_t n, of[kQueryVectors];  // all of them, and those of a vector
+
+  TileKeys() = default;
+  explicit TileKeys(int64_t n) : n(n) {
+    for (int v = 0; v < kQueryVectors; ++v) of[v] = n;
+  }
+  TileKeys(const QueryBlock& block, int64_t j0, int64_t n) : TileKeys(n) {
+    for (int64_t v = 0; v < block.width / kLanes; ++v) of[v] = clamp(round_up(block.vector_last[v] + 1 - j0, 8), 0, n);
+  }
+};
 
 // Few queries: vectors along D.
 template <class T, bool kPlain>
@@ -117,6 +137,7 @@ static void forward_few(const AttentionArgs& a, const QueryBlock& block, const F
   const float factor = exponent_factor(a);
   float *scores = s.scores[0], *alpha = s.alpha[0];
   start_strip<T>(a, block, s, strip);
+  std::memset(strip.out, 0, s.padded_Dv * block.count * sizeof(float));
   for (int64_t j0 = block.key_begin(); j0 < block.key_end(); j0 += kKeys) {
     const int64_t n = min_of(kKeys, block.key_end() - j0);
     const KeyIds documents(a.key_documents, block.sequence, j0, n), images(a.key_images, block.sequence, j0, n);
@@ -128,9 +149,10 @@ static void forward_few(const AttentionArgs& a, const QueryBlock& block, const F
       for (int64_t lane = 0; lane < block.width; ++lane) scores[c * kQueries + lane] *= a.scale;
     finish_scores(block, j0, n, cover, documents, images, s.bias, scores, nullptr);
     copy_lanes(strip.maximum, s.largest);
-    compare_scores(block.width, n, scores, s.largest);
+    const TileKeys keys(n);
+    compare_scores(block.width, keys.of, scores, s.largest);
     start_softmax<kPlain>(block.width, factor, strip, s.largest, alpha, s.stats);
-    WeightWork<false, kPlain> work(scores, block.width, n, s.stats);
+    WeightWork<false, kPlain> work(scores, block.width, keys.of, s.stats);
     finish_softmax(block.width, strip, alpha, s.stats, work);
     if (a.dropout_p > 0) drop_weights<false>(block, j0, n, s.dropout, scores);
     pack<T>(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, a.v.size[3], s.values[0], s.padded_Dv);
@@ -154,39 +176,65 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
   const int64_t D = a.q.size[3], Dv = a.v.size[3];
   const float factor = exponent_factor(a);
   int64_t begin = INT64_MAX, end = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    start_strip<T>(a, blocks[i], s, s.strips[i]);
+  for (int64_t i = 0; i < count; ++i)
     begin = min_of(begin, blocks[i].key_begin()), end = max_of(end, blocks[i].key_end());
-  }
   struct {
     const StripState* strip = nullptr;
     typename P::ColumnOperand values;
-    int64_t width, n;
+    int64_t width, depth[kQueryVectors];
     const float* weights;
-    float* alpha;  // null where all are 1
+    float* alpha;
+    bool is_first, has_moved;  // has_moved: not all of alpha are 1
   } pending;
   const auto add_values = [&](auto& work) {
-    if (pending.alpha == nullptr)
-      product<Into::kAdd>(Dv, pending.width, P::depth(pending.n), pending.values, pending.weights, kQueries,
-                          pending.strip->out, kQueries, nullptr, work);
-    else
-      product<Into::kScaleAndAdd>(Dv, pending.width, P::depth(pending.n), pending.values, pending.weights, kQueries,
-                                  pending.strip->out, kQueries, pending.alpha, work);
+    const auto add = [&](auto into, auto depth) {
+      product<decltype(into)::value>(Dv, pending.width, depth, pending.values, pending.weights, kQueries,
+                                     pending.strip->out, kQueries, pending.alpha, work);
+    };
+    const int64_t depth = pending.depth[0];
+    if (depth != pending.depth[pending.width / kLanes - 1]) {
+      if (pending.is_first) std::memset(pending.strip->out, 0, s.padded_Dv * kQueries * sizeof(float));
+      add(std::integral_constant<Into, Into::kScaleAndAdd>{}, Stairs{pending.depth});
+    } else if (pending.is_first) {
+      add(std::integral_constant<Into, Into::kSet>{}, depth);
+    } else if (pending.has_moved) {
+      add(std::integral_constant<Into, Into::kScaleAndAdd>{}, depth);
+    } else {
+      add(std::integral_constant<Into, Into::kAdd>{}, depth);
+    }
   };
   int tile = 0, value_buffer = 0;
+  bool has_out[kForwardStrips] = {};
+  int64_t started = 0;
+  // A strip starts when its first tile is due, and asks for the next one's queries.
+  const auto start = [&](int64_t strip) {
+    for (; started <= strip; ++started) {
+      start_strip<T>(a, blocks[started], s, s.strips[started]);
+      if (started + 1 < count) prefetch_queries<const T>(a.q, blocks[started + 1]);
+    }
+  };
   for (int64_t j0 = begin, block_keys; j0 < end; j0 += block_keys) {
     const int64_t left = blocks[0].sequence.visible_keys - j0;
     block_keys = left <= kMaxKeys ? left : kKeys;
     const KeyIds documents(a.key_documents, blocks[0].sequence, j0, block_keys),
         images(a.key_images, blocks[0].sequence, j0, block_keys);
+    const int64_t next = j0 + block_keys, next_keys = clamp(end - next, 0, kMaxKeys);
+    // Each strip asks for its part of the next keys and values, and the last time for its rows of out.
+    const auto prefetch = [&](int64_t i) ALWAYS_INLINE_LAMBDA {
+      const QueryBlock& block = blocks[i];
+      const int64_t from = next_keys * i / count, to = next_keys * (i + 1) / count;
+      prefetch_rows(key_rows<const T>(a.k, block.sequence, block.kv_head, next), from, to, D);
+      prefetch_rows(key_rows<const T>(a.v, block.sequence, block.kv_head, next), from, to, Dv);
+      if (next >= block.key_end()) prefetch_queries<T>(a.out, block);
+    };
     bool is_prepared = false;
     typename P::RowOperand keys;
     typename P::ColumnOperand values;
     for (int64_t i = 0; i < count; ++i) {
       const QueryBlock& block = blocks[i];
       const StripState& strip = s.strips[i];
-      const int64_t n = min_of(block_keys, block.key_end() - j0), width = block.width;
-      const Cover cover = n <= 0 ? Cover::kNone : cover_of(block, j0, n, documents, images);
+      const int64_t block_n = min_of(block_keys, block.key_end() - j0), width = block.width;
+      const Cover cover = block_n <= 0 ? Cover::kNone : cover_of(block, j0, block_n, documents, images);
       if (cover == Cover::kNone) continue;
       if (!is_prepared) {
         keys = P::rows_of(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), block_keys, D, s.keys, s.padded_D);
@@ -194,34 +242,51 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
                                s.values[value_buffer ^= 1], s.padded_Dv);
         is_prepared = true;
       }
+      start(i);
+      prefetch(i);
       float *scores = s.scores[tile], *alpha = s.alpha[tile];
+      // Keys before those that anybody sees.
+      const int64_t skipped = cover == Cover::kPart ? clamp(block.min_first - j0, 0, block_n) / 8 * 8 : 0;
+      const int64_t j = j0 + skipped, n = block_n - skipped;
+      const TileKeys tile_keys = cover == Cover::kPart ? TileKeys(block, j, n) : TileKeys(n);
       copy_lanes(strip.maximum, s.largest);
       if (kPlain && cover == Cover::kWhole) {
         product<Into::kSetAndCompare>(n, width, P::depth(D), keys, strip.queries, kQueries, scores, kQueries,
                                       s.largest);
       } else {
-        product<kPlain ? Into::kSet : Into::kSetScaled>(n, width, P::depth(D), keys, strip.queries, kQueries, scores,
-                                                        kQueries, s.scale);
-        finish_scores(block, j0, n, cover, documents, images, s.bias, scores, nullptr);
-        compare_scores(width, n, scores, s.largest);
+        for (int64_t lane = 0, row = 0; lane < width; lane += kLanes) {
+          const int64_t row_end = tile_keys.of[lane / kLanes];
+          if (row_end == row) continue;
+          product<kPlain ? Into::kSet : Into::kSetScaled>(row_end - row, width - lane, P::depth(D),
+                                                          keys.rows_from(skipped + row), strip.queries + lane, kQueries,
+                                                          scores + row * kQueries + lane, kQueries, s.scale);
+          row = row_end;
+        }
+        if (kPlain)
+          hide_scores(block, j, tile_keys.of, documents.from(skipped), images.from(skipped), scores);
+        else
+          finish_scores(block, j, n, cover, documents.from(skipped), images.from(skipped), s.bias, scores, nullptr);
+        compare_scores(width, tile_keys.of, scores, s.largest);
       }
       const bool has_moved = start_softmax<kPlain>(width, factor, strip, s.largest, alpha, s.stats);
-      Work work(scores, width, n, s.stats);
+      Work work(scores, width, tile_keys.of, s.stats);
       if (pending.strip != nullptr) add_values(work);
       finish_softmax(width, strip, alpha, s.stats, work);
-      if (a.dropout_p > 0) drop_weights<P::kPairs>(block, j0, n, s.dropout, scores);
-      pending = {&strip, values, width, n, scores, has_moved ? alpha : nullptr};
+      if (a.dropout_p > 0) drop_weights<P::kPairs>(block, j, n, s.dropout, scores);
+      pending = {&strip, values.depth_from(P::depth(skipped)), width, {}, scores, alpha, !has_out[i], has_moved};
+      for (int v = 0; v < kQueryVectors; ++v) pending.depth[v] = P::depth(tile_keys.of[v]);
+      has_out[i] = true;
       tile ^= 1;
     }
   }
+  start(count - 1);
   NoWork nothing;
   if (pending.strip != nullptr) add_values(nothing);
   for (int64_t i = 0; i < count; ++i) {
     const StripState& strip = s.strips[i];
     finish_sums(a, blocks[i], factor, strip, s.stats);
-    transpose(strip.out, kQueries, Dv, blocks[i].count, s.rows, s.padded_Dv);
-    for (int64_t lane = 0; lane < blocks[i].count; ++lane)
-      unpack<T>(s.rows + lane * s.padded_Dv, s.padded_Dv, 1, Dv, strip.sum[lane], query_row<T>(a.out, blocks[i], lane));
+    if (!has_out[i]) std::memset(strip.out, 0, s.padded_Dv * kQueries * sizeof(float));
+    P::store_out(a.out, blocks[i], strip.out, strip.sum, s.rows, s.padded_Dv);
   }
 }
 

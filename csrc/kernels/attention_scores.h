@@ -65,6 +65,20 @@ static void finish_scores(const QueryBlock& block, int64_t j0, int64_t n, Cover 
   }
 }
 
+// finish_scores of a tile that nothing but a mask changes, of which vector v of the queries has n[v] keys.
+static void hide_scores(const QueryBlock& block, int64_t j0, const int64_t* n, const KeyIds& documents,
+                        const KeyIds& images, float* scores) {
+  const Vec hidden = broadcast(-kInfinity);
+  // The first keys that all queries see, if only the end of what they see is in the tile.
+  const bool only_end = documents.data == nullptr && j0 >= block.max_first;
+  const int64_t begin = only_end ? clamp(min_of(block.min_last, block.min_diagonal) + 1 - j0, 0, kMaxKeys) : 0;
+  for (int64_t lane = 0; lane < block.width; lane += kLanes)
+    for (int64_t c = begin; c < n[lane / kLanes]; ++c) {
+      float* at = scores + c * kQueries + lane;
+      store_vec(at, visible(block, lane, j0, c, documents, images) ? load_vec(at) : hidden);
+    }
+}
+
 static inline uint32_t high_word(uint64_t x) { return static_cast<uint32_t>(x >> 32); }
 
 // tile[c][lane] = 1 / (1 - p) where the weight of key j0 + c survives dropout, else 0. Philox4x32-10 (Salmon et al.

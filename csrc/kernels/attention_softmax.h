@@ -21,9 +21,11 @@ static bool is_plain(const AttentionArgs& a) {
 // What the scores are multiplied by in the exponent.
 static float exponent_factor(const AttentionArgs& a) { return is_plain(a) ? a.scale * kLog2E : kLog2E; }
 
-// largest[lane] becomes the largest of itself and the scores of n keys; a NaN never wins.
-static void compare_scores(int64_t width, int64_t n, const float* scores, float* largest) {
+// largest[lane] becomes the largest of itself and the scores of the keys, n[v] for vector v of the queries; a NaN never
+// wins.
+static void compare_scores(int64_t width, const int64_t* keys, const float* scores, float* largest) {
   for (int64_t lane = 0; lane < width; lane += kLanes) {
+    const int64_t n = keys[lane / kLanes];
     const float* column = scores + lane;
     const Vec start = load_vec(largest + lane);
     Vec found[4] = {start, start, start, start};
@@ -51,20 +53,27 @@ static inline Vec exponent(Vec score, Vec factor, Vec base) {
 }
 
 // The weights 2^exponent of a tile of scores, in place, a step at a time: one row of fp32 per key, or one
-// row of bf16 pairs per two keys, which is written when the rows it replaces have been read.
+// row of bf16 pairs per two keys, which is written when the rows it replaces have been read. Vector v of the queries
+// has n[v] keys.
 template <bool kPairs, bool kPlain>
 struct WeightWork {
   static constexpr int kRows = kPairs ? 2 : 1;
   const float* from;  // the next scores of a vector of queries
-  float *to, *stats;
-  int64_t left, steps, lanes_left;
+  float *to, *scores, *stats;
+  const int64_t* n;
+  int64_t left, lanes_left;
 
-  WeightWork(float* scores, int64_t width, int64_t n, float* stats)
-      : from(scores), to(scores), stats(stats), left(ceil_div(n, kRows)), steps(left), lanes_left(width / kLanes) {
-    if (n % kRows == 0) return;
-    for (int64_t lane = 0; lane < width; lane += kLanes) store_vec(scores + n * kQueries + lane, broadcast(-kInfinity));
+  WeightWork(float* tile, int64_t width, const int64_t* n, float* stats)
+      : scores(tile), stats(stats), n(n), lanes_left(width) {
+    for (int64_t v = 0; v < width / kLanes; ++v)
+      if (n[v] % kRows != 0) store_vec(tile + n[v] * kQueries + v * kLanes, broadcast(-kInfinity));
+    start_vector();
   }
   bool is_done() const { return lanes_left == 0; }
+  ALWAYS_INLINE void start_vector() {
+    for (; lanes_left > 0 && *n == 0; lanes_left -= kLanes) scores += kLanes, stats += kLanes, ++n;
+    if (lanes_left > 0) from = to = scores, left = ceil_div(*n, kRows);
+  }
   ALWAYS_INLINE void step() {
     if (is_done()) return;
     const SoftmaxStats s(stats);
@@ -78,10 +87,9 @@ struct WeightWork {
     store_vec(s.sum, sum);
     store_vec(to, kPairs ? pair_of(weight[0], weight[kRows - 1]) : weight[0]);
     from += kRows * kQueries, to += kQueries;
-    if (--left == 0) {
-      left = steps, --lanes_left, stats += kLanes;
-      from += kLanes - steps * kRows * kQueries, to += kLanes - steps * kQueries;
-    }
+    if (--left > 0) return;
+    lanes_left -= kLanes, scores += kLanes, stats += kLanes, ++n;
+    start_vector();
   }
 };
 

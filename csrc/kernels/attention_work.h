@@ -36,6 +36,15 @@ static Rows<T> query_row(const View& view, const QueryBlock& block, int64_t lane
   return {static_cast<T*>(view.data) + row_offset(view, block, lane), 0, view.stride[3]};
 }
 
+// The rows of all lanes, where they are evenly spaced: those of one head; none else.
+template <class T>
+ALWAYS_INLINE static void prefetch_queries(const View& view, const QueryBlock& block) {
+  if (!block.are_even(0, block.count)) return;
+  Rows<T> rows = query_row<T>(view, block, 0);
+  rows.row_stride = view.stride[2];
+  prefetch_rows(rows, 0, block.count, view.size[3]);
+}
+
 // Rows j0 and on of k or v, or of their gradients.
 template <class T>
 static Rows<T> key_rows(const View& view, const Sequence& sequence, int64_t kv_head, int64_t j0) {
@@ -44,20 +53,60 @@ static Rows<T> key_rows(const View& view, const Sequence& sequence, int64_t kv_h
   return {data, view.stride[2], view.stride[3]};
 }
 
-// to[lane * width + d] = the row of `view` behind each lane; zeros behind lanes not in use.
+// to[i * width + d] = the row of `view` behind lane + i, for i < lanes; zeros behind lanes not in use.
 template <class T>
-static void pack_queries(const View& view, const QueryBlock& block, float* to, int64_t width) {
-  const int64_t cols = view.size[3];
-  for (int64_t lane = 0; lane < block.count; ++lane)
-    pack<T>(query_row<const T>(view, block, lane), 1, cols, to + lane * width, width);
-  for (int64_t i = block.count * width; i < block.width * width; ++i) to[i] = 0.0f;
+static void pack_queries(const View& view, const QueryBlock& block, int64_t lane, int64_t lanes, float* to,
+                         int64_t width) {
+  const int64_t cols = view.size[3], used = clamp(block.count - lane, 0, lanes);
+  for (int64_t i = 0; i < used; ++i) pack<T>(query_row<const T>(view, block, lane + i), 1, cols, to + i * width, width);
+  for (int64_t i = used * width; i < lanes * width; ++i) to[i] = 0.0f;
 }
 
-// The same with queries in the lanes: transposed[d * kQueries + lane].
+// The same with queries in the lanes, transposed[d * kQueries + lane], and as rows where these are asked for.
 template <class T>
-static void load_widened(const View& view, const QueryBlock& block, float* rows, int64_t width, float* transposed) {
-  pack_queries<T>(view, block, rows, width);
-  transpose(rows, width, block.width, view.size[3], transposed, kQueries);
+static void load_widened(const View& view, const QueryBlock& block, float* scratch, int64_t width, float* transposed,
+                         float* rows) {
+  const int64_t cols = view.size[3];
+  for (int64_t lane = 0; lane < block.width; lane += kLanes) {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (rows == nullptr && block.are_even(lane, kLanes) && view.stride[3] == 1 && cols >= kLanes) {
+        transpose_rows(query_row<const T>(view, block, lane).data, view.stride[2], cols, transposed + lane, kQueries);
+        continue;
+      }
+    float* to = rows == nullptr ? scratch : rows + lane * width;
+    pack_queries<T>(view, block, lane, kLanes, to, width);
+    transpose(to, width, kLanes, cols, transposed + lane, kQueries);
+  }
+}
+
+// The other way: the row of `view` behind each lane becomes from[d * kQueries + lane] factors[lane]. `scratch` takes
+// kLanes * width floats, width being that of whole vectors.
+template <class T>
+static void store_queries(const View& view, const QueryBlock& block, const float* from, const float* factors,
+                          float* scratch, int64_t width) {
+  const int64_t cols = view.size[3];
+  const bool is_whole = view.stride[3] == 1 && cols >= kLanes;
+  for (int64_t lane = 0; lane < block.count; lane += kLanes) {
+    const int64_t used = min_of(kLanes, block.count - lane);
+    const Vec factor = load_vec(factors + lane);
+    for (int64_t begin = 0; begin < cols; begin += kLanes) {
+      const int64_t c = is_whole && begin + kLanes > cols ? cols - kLanes : begin;
+      Vec square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i) square[i] = load_vec(from + (c + i) * kQueries + lane) * factor;
+      exchange<1>(square);
+      if (is_whole)
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          if (i < used) store_narrow(query_row<T>(view, block, lane + i).data + c, square[i]);
+        }
+      else
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store_vec(scratch + i * width + c, square[i]);
+    }
+    for (int64_t i = 0; !is_whole && i < used; ++i)
+      unpack<T>(scratch + i * width, width, 1, cols, 1.0f, query_row<T>(view, block, lane + i));
+  }
 }
 
 // The work of a call: strips of (sequence, key head), sequences one after the other. The vectors of queries are divided

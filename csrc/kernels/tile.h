@@ -2,6 +2,8 @@
 // transposed into scratch, one operand is broadcast element by element and the other stands in vectors.
 #pragma once
 
+#include <type_traits>
+
 #include "simd/buffer.h"
 #include "simd/vec_math.h"
 
@@ -17,6 +19,19 @@ struct Rows {
   T* data;
   int64_t row_stride, col_stride;
 };
+
+// Asks for rows [begin, end), for the second-level cache or, of rows that will be written, for the first. (Inlined,
+// for GCC takes a function that does nothing else for one without effect.)
+template <class T>
+ALWAYS_INLINE static void prefetch_rows(Rows<T> rows, int64_t begin, int64_t end, int64_t cols) {
+  if (rows.col_stride != 1) return;
+  const int64_t bytes = cols * static_cast<int64_t>(sizeof(T));
+  for (int64_t r = begin; r < end; ++r) {
+    const char* row = reinterpret_cast<const char*>(rows.data + r * rows.row_stride);
+    for (int64_t at = 0; at < bytes; at += 64)
+      __builtin_prefetch(row + at, !std::is_const_v<T>, std::is_const_v<T> ? 2 : 3);
+  }
+}
 
 // to[r * width + c] = from(r, c); columns up to `width` are filled with zeros.
 template <class T>
@@ -50,19 +65,31 @@ static inline void exchange(Vec* rows) {
   if constexpr (2 * kStep < kLanes) exchange<2 * kStep>(rows);
 }
 
+// One square of `transpose` below.
+ALWAYS_INLINE static void transpose_square(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Vec square[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) square[i] = load_vec(from + i * from_stride);
+  exchange<1>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) store_vec(to + i * to_stride, square[i]);
+}
+
 // to[c * to_stride + r] = from[r * from_stride + c]. Whole vectors are written: rows of `to` up to the next multiple of
 // kLanes of `cols`, and columns likewise of `rows`, must exist; so must they in `from`, whatever they hold.
 static void transpose(const float* from, int64_t from_stride, int64_t rows, int64_t cols, float* to,
                       int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += kLanes)
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      Vec square[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) square[i] = load_vec(from + (r + i) * from_stride + c);
-      exchange<1>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) store_vec(to + (c + i) * to_stride + r, square[i]);
-    }
+    for (int64_t c = 0; c < cols; c += kLanes)
+      transpose_square(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+}
+
+// The same of kLanes rows of at least kLanes columns and nothing beside them: the last square may overlap.
+static void transpose_rows(const float* from, int64_t from_stride, int64_t cols, float* to, int64_t to_stride) {
+  for (int64_t begin = 0; begin < cols; begin += kLanes) {
+    const int64_t c = begin + kLanes <= cols ? begin : cols - kLanes;
+    transpose_square(from + c, from_stride, to + c * to_stride, to_stride);
+  }
 }
 
 // The other way: to(r, c) = factor from[r * width + c], rounded.
@@ -183,10 +210,21 @@ struct NoWork {
 
 constexpr int kWeaveSteps = 2;
 
+// How far a product goes along its depth: equally for all columns (int64_t), or per vector of columns, not less than
+// for the vector before.
+struct Stairs {
+  const int64_t* depth;
+};
+
+static inline int64_t depth_of(int64_t depth, int) { return depth; }
+static inline int64_t depth_of(Stairs stairs, int vector) { return stairs.depth[vector]; }
+static inline int64_t from_vector(int64_t depth, int64_t) { return depth; }
+static inline Stairs from_vector(Stairs stairs, int64_t vector) { return {stairs.depth + vector}; }
+
 // One register tile of `product` below. A sum of `depth` products is rounded on its own before it joins what stands in
 // c, which keeps long sums accurate.
-template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Work>
-ALWAYS_INLINE static void product_tile(Operand a, const float* b, int64_t b_stride, int64_t depth, float* c,
+template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Depth, class Work>
+ALWAYS_INLINE static void product_tile(Operand a, const float* b, int64_t b_stride, Depth depth, float* c,
                                        int64_t c_stride, float* columns, Work& work) {
   Vec sum[kTileRows][kTileVectors] = {};
   if (kInto == Into::kAdd)  // c may be far away
@@ -194,24 +232,33 @@ ALWAYS_INLINE static void product_tile(Operand a, const float* b, int64_t b_stri
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) __builtin_prefetch(c + r * c_stride + v * kLanes, 1);
-  const auto step = [&](int64_t d) ALWAYS_INLINE_LAMBDA {
+  const auto step = [&](int64_t d, auto first) ALWAYS_INLINE_LAMBDA {
     Vec column[kTileVectors];
 #pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) column[v] = load_vec(b + d * b_stride + v * kLanes);
+    for (int v = first; v < kTileVectors; ++v) column[v] = load_vec(b + d * b_stride + v * kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
       const Vec row = a.at(r, d);
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) sum[r][v] = Operand::multiply_add(row, column[v], sum[r][v]);
+      for (int v = first; v < kTileVectors; ++v) sum[r][v] = Operand::multiply_add(row, column[v], sum[r][v]);
     }
   };
+  using std::integral_constant;
+  const int64_t all = depth_of(depth, 0);
   int64_t d = 0;
-  for (; d + kWeaveSteps <= depth; d += kWeaveSteps) {
+  for (; d + kWeaveSteps <= all; d += kWeaveSteps) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kWeaveSteps; ++i) step(d + i);
+    for (int i = 0; i < kWeaveSteps; ++i) step(d + i, integral_constant<int, 0>{});
     work.step();
   }
-  for (; d < depth; ++d) step(d);
+  for (; d < all; ++d) step(d, integral_constant<int, 0>{});
+  if constexpr (std::is_same_v<Depth, Stairs>) {
+    static_assert(kTileVectors <= 3);
+    if constexpr (kTileVectors > 1)
+      for (; d < depth_of(depth, 1); ++d) step(d, integral_constant<int, 1>{});
+    if constexpr (kTileVectors > 2)
+      for (; d < depth_of(depth, 2); ++d) step(d, integral_constant<int, 2>{});
+  }
 #pragma GCC unroll 16
   for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
@@ -245,8 +292,8 @@ constexpr int kProductVectors = 2;
 #endif
 
 // All rows of a few vectors' columns: tiles of kTileRows rows, then halves of it.
-template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Work>
-ALWAYS_INLINE static void product_columns(int64_t rows, int64_t depth, Operand a, const float* b, int64_t b_stride,
+template <Into kInto, int kTileRows, int kTileVectors, class Operand, class Depth, class Work>
+ALWAYS_INLINE static void product_columns(int64_t rows, Depth depth, Operand a, const float* b, int64_t b_stride,
                                           float* c, int64_t c_stride, float* columns, Work& work) {
   int64_t r = 0;
   for (; r + kTileRows <= rows; r += kTileRows)
@@ -262,8 +309,8 @@ ALWAYS_INLINE static void product_columns(int64_t rows, int64_t depth, Operand a
 // kSetScaled: the product is multiplied by columns (cols); kScaleAndAdd: c is, before the product is added;
 // kSetAndCompare: columns becomes the largest of itself and the product's column, a NaN apart. `work` is done on the
 // way as far as there is room, and must not touch the operands.
-template <Into kInto, class Operand, class Work>
-__attribute__((noinline)) static void product(int64_t rows, int64_t cols, int64_t depth, Operand a, const float* b,
+template <Into kInto, class Operand, class Depth, class Work>
+__attribute__((noinline)) static void product(int64_t rows, int64_t cols, Depth whole_depth, Operand a, const float* b,
                                               int64_t b_stride, float* c, int64_t c_stride, float* columns,
                                               Work& caller_work) {
   Work work = caller_work;  // its own, and so in registers
@@ -273,6 +320,7 @@ __attribute__((noinline)) static void product(int64_t rows, int64_t cols, int64_
     const int64_t end = vectors * (tile + 1) / tiles * kLanes;
     float* at = columns == nullptr ? nullptr : columns + x;
     const int64_t width = (end - x) / kLanes;
+    const Depth depth = from_vector(whole_depth, x / kLanes);
     if (width == kProductVectors)
       product_columns<kInto, kProductRows, kProductVectors>(rows, depth, a, b + x, b_stride, c + x, c_stride, at, work);
     else if (kProductVectors > 2 && width == 2)
