@@ -230,6 +230,24 @@ PYBIND11_MODULE(_C, m) {
           gpt4v_fast::kernels().linear_cross_entropy_backward(a, threads);
         });
 
+  // Forward and, for slopes nll_slope of every nll and lse_slope * lse of every lse, backward; fp32.
+  m.def("linear_cross_entropy_gradients",
+        [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
+           float label_smoothing, float softcap, View nll, View lse, View lse_low, View argmax, float nll_slope,
+           float lse_slope, View grad_hidden, View grad_weight, View grad_bias, int64_t room, int threads) {
+          LinearCrossEntropyArgs a{};
+          a.hidden = hidden, a.weight = weight, a.bias = bias, a.target = target, a.class_weight = class_weight;
+          a.ignore_index = ignore_index, a.label_smoothing = label_smoothing, a.softcap = softcap;
+          a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax;
+          a.grad_hidden = grad_hidden, a.grad_weight = grad_weight, a.grad_bias = grad_bias;
+          check_linear_cross_entropy(a, threads);
+          check_dtype("hidden", a.hidden, {DType::kFloat32});
+          if (grad_weight.defined && grad_weight.stride[1] != 1)
+            throw std::invalid_argument("grad_weight: expected unit stride along E");
+          py::gil_scoped_release release;
+          gpt4v_fast::kernels().linear_cross_entropy_gradients(a, nll_slope, lse_slope, room, threads);
+        });
+
   m.def("patch_embed_forward", [](View pixels, View weight, View bias, View pixel_scale, View pixel_shift,
                                   View pos_embed, View tokens, int threads) {
     PatchEmbedArgs a{};

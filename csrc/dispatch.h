@@ -22,6 +22,8 @@ struct Kernels {
   void (*cross_entropy_backward)(const CrossEntropyArgs&, int threads);
   void (*linear_cross_entropy_forward)(const LinearCrossEntropyArgs&, int threads);
   void (*linear_cross_entropy_backward)(const LinearCrossEntropyArgs&, int threads);
+  void (*linear_cross_entropy_gradients)(const LinearCrossEntropyArgs&, float nll_slope, float lse_slope, int64_t room,
+                                         int threads);
   void (*patch_embed_forward)(const PatchEmbedArgs&, int threads);
   void (*patch_embed_backward)(const PatchEmbedArgs&, int threads);
   // Probes for benchmarks (kernels/peak.h): GFLOP/s, GFLOP/s and GB/s on this many threads.

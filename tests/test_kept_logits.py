@@ -164,10 +164,10 @@ def test_lanes_without_a_token_add_nothing(dtype, isa, room, monkeypatch):
 
 MEMORY = """
 without, _, _ = peak(lambda: gf.linear_cross_entropy(hidden.detach(), weight.detach(), target))
-_, held, loss = peak(lambda: gf.linear_cross_entropy(hidden, weight, target))
+forward, held, loss = peak(lambda: gf.linear_cross_entropy(hidden, weight, target))
 before = status("VmRSS") - held
 backward, _, _ = peak(lambda: loss.backward())
-print(without, held, held + backward - gradients, status("VmRSS") - before)
+print(without, max(forward, held + backward) - gradients, status("VmRSS") - before)
 """
 
 
@@ -178,7 +178,7 @@ print(without, held, held + backward - gradients, status("VmRSS") - before)
 )
 def test_extra_memory(dtype, N, V, E):
     """As the process sees it: little without a gradient, at most 64 MiB with one, and given back by backward."""
-    without, held, backward, after = (x / 2**20 for x in measured_memory(MEMORY, dtype, N, V, E))
+    without, extra, after = (x / 2**20 for x in measured_memory(MEMORY, dtype, N, V, E))
     # The allocator keeps some of the scratch.
-    assert without < 20 and held < 62 and backward < 64 and after < 32, (without, held, backward, after)
-    assert held > 30 or E > 10_000
+    assert without < 20 and extra < 64 and after < 32, (without, extra, after)
+    assert extra > 30 or E > 10_000

@@ -27,6 +27,7 @@ const Kernels& table() {
       cross_entropy_backward,
       linear_cross_entropy_forward,
       linear_cross_entropy_backward,
+      linear_cross_entropy_gradients,
       patch_embed_forward,
       patch_embed_backward,
       peak_fma,

@@ -52,6 +52,12 @@ class KeptLogits {
     return kept;
   }
 
+  // For all logits of so many tokens in fp32.
+  static int64_t bytes(int64_t count, int64_t E, int64_t V) {
+    const KeptLogits all(Strips(count), E, V, false);
+    return all.cells_begin() + all.offset(all.tokens.count, 0);
+  }
+
   bool is_short() const { return short_; }
 
   // Whether the logits of strip s and the tile of classes from v on are kept.

@@ -102,3 +102,4 @@ static void linear_cross_entropy_forward(const LinearCrossEntropyArgs& a, int th
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA
 
 #include "kernels/linear_cross_entropy_backward.h"
+#include "kernels/linear_cross_entropy_gradients.h"

@@ -35,8 +35,11 @@ static inline void expect_gradient(const View& view) {
 template <class T>
 class LinearBackward {
  public:
-  LinearBackward(const LinearCrossEntropyArgs& args, const Classes& classes_of_call, const Counted& rows, int threads)
+  // `adds`: to gradients of weight and bias that are there already, which are fp32.
+  LinearBackward(const LinearCrossEntropyArgs& args, const Classes& classes_of_call, const Counted& rows, int threads,
+                 bool adds)
       : a(args),
+        adds_to_rows(adds),
         classes(classes_of_call),
         cap(args.softcap),
         counted(rows),
@@ -205,7 +208,7 @@ class LinearBackward {
         float sum = 0.0f;
         for (int64_t s = first; s < last; ++s) sum += bias_sums[r * sizes.strips + s - first];
         float& total = at<float>(a.grad_bias, v + r);
-        total = first > 0 ? total + sum : sum;
+        total = first > 0 || adds_to_rows ? total + sum : sum;
       }
     }
     if (!a.grad_weight.defined) return;
@@ -235,7 +238,8 @@ class LinearBackward {
 
   void take_weight_row(int64_t v, int64_t row, int64_t f, int64_t first, int64_t last, float* from) const {
     const int64_t e = features.begin(f), used = features.used(f);
-    if (holds_sums(a.grad_weight)) return add_row(from, used, first > 0, row_of<float>(a.grad_weight, v + row) + e);
+    if (holds_sums(a.grad_weight))
+      return add_row(from, used, first > 0 || adds_to_rows, row_of<float>(a.grad_weight, v + row) + e);
     float* sums = weight_sums.get() + row * E + e;
     if (last < tokens.count) return add_row(from, used, first > 0, sums);
     if (first > 0) add_row(sums, used, true, from);
@@ -245,6 +249,7 @@ class LinearBackward {
   static constexpr int64_t kPerStep = Operands<T>::kPairs ? 2 : 1;  // tokens
 
   const LinearCrossEntropyArgs& a;
+  const bool adds_to_rows;
   const Classes& classes;
   const Cap cap;
   const Counted& counted;
@@ -265,7 +270,7 @@ class LinearBackward {
 };
 
 template <class T>
-static void linear_backward(const LinearCrossEntropyArgs& a, int threads) {
+static void linear_backward(const LinearCrossEntropyArgs& a, int threads, bool adds_to_rows = false) {
   const int64_t N = a.hidden.size[0], E = a.hidden.size[1], V = a.weight.size[0];
   const Classes classes(a, V);
   const Counted counted(a, classes, N);
@@ -275,7 +280,7 @@ static void linear_backward(const LinearCrossEntropyArgs& a, int threads) {
     const T nothing = from_float<T>(classes.ignored(label) ? 0.0f : kNaN);
     for (int64_t e = 0; e < E; ++e) row_of<T>(a.grad_hidden, row)[e * a.grad_hidden.stride[1]] = nothing;
   }
-  LinearBackward<T>(a, classes, counted, threads).run();
+  LinearBackward<T>(a, classes, counted, threads, adds_to_rows).run();
 }
 
 }  // namespace loss

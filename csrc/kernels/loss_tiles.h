@@ -230,8 +230,7 @@ ALWAYS_INLINE static void product_tokens_columns(const Strips& tokens, int64_t f
     Vec sum[kRows][kVectors] = {};
     for (int64_t s = first; s < last; ++s, from.data += next) {
       const int64_t depth = tokens.lanes(s) / per_step;  // a multiple of 2: strips are whole vectors
-      work.step();
-      work.step();
+      for (int i = 0; i < 4; ++i) work.step();
       for (int64_t d = 0; d < depth; d += 2, column += 2 * kCols)
 #pragma GCC unroll 2
         for (int i = 0; i < 2; ++i) {

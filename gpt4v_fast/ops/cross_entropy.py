@@ -198,7 +198,7 @@ def reduce_loss(
         tokens = counted.sum()
         weight = options.class_weight
         if weight is not None and label_weight is None:
-            label_weight = _label_weight(target, counted, weight)
+            label_weight = labels_weight(target, counted, weight)
         loss = loss / (tokens if weight is None or label_weight is None else label_weight.sum(dtype=torch.float64))
         penalty = None if penalty is None else penalty / tokens
     loss = (loss if penalty is None else loss + penalty).to(torch.float32)
@@ -209,7 +209,8 @@ def reduce_loss(
     return loss, LossStats(lse.reshape(target.shape), argmax, counted & (argmax == target), part.detach())
 
 
-def _label_weight(target: torch.Tensor, counted: torch.Tensor, class_weight: torch.Tensor) -> torch.Tensor:
+def labels_weight(target: torch.Tensor, counted: torch.Tensor, class_weight: torch.Tensor) -> torch.Tensor:
+    """The class weight of every token's label, 0 where it does not count."""
     V = class_weight.shape[0]
     inside = torch.where(counted & (target >= 0) & (target < V), target, 0).reshape(-1).to(torch.int64)
     return torch.where(counted.reshape(-1), class_weight.to(torch.float32)[inside], 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,13 @@ def _plain_first(
         return watched(*args)
 
     return call
+
+
+def is_plain_with_gradient(args: Sequence[Any]) -> bool:
+    """Whether these are plain CPU tensors in eager mode, of which a gradient is wanted."""
+    if torch.compiler.is_compiling() or _is_watched() or not torch.is_grad_enabled():
+        return False
+    return bool(_C.plain_arguments(tuple(args)) == _PLAIN_WITH_GRADIENT)
 
 
 def _is_watched() -> bool:

@@ -2,6 +2,7 @@
 
 user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
                                     -> _C.linear_cross_entropy_forward (csrc/kernels/linear_cross_entropy.h)
+                                    or _C.linear_cross_entropy_gradients (ops/linear_cross_entropy_gradients.py)
                                     or kernels/linear_cross_entropy.py (Triton; logits stay in registers)
                                     or kernels/linear_cross_entropy_products.py (small problems: torch products, Triton)
                                     or reference.cross_entropy_core
@@ -31,6 +32,7 @@ from gpt4v_fast.ops.cross_entropy import (
     sharded_row_tensors,
     triton_options,
 )
+from gpt4v_fast.ops.linear_cross_entropy_gradients import known_slopes, with_gradients
 from gpt4v_fast.reference import LossStats
 
 if TYPE_CHECKING:
@@ -63,8 +65,10 @@ def linear_cross_entropy(
     The logits are fp32 whatever the inputs are, tokens whose label is ignore_index are dropped before any product, and
     extra memory is at most 64 MiB beside the gradients for any N and V (on a CPU for E up to 65,536; on a GPU also
     beside some numbers per token, and without a synchronisation). Where a gradient is wanted on a CPU, as much of it as
-    is free keeps logits until the backward pass, which computes the rest again. Small problems, whose fp32 logits take
-    at most 32 MiB, run on a GPU as products of all tokens, ignored ones too; `explain` says which way a call takes.
+    is free keeps logits until the backward pass, which computes the rest again; the gradients of means and sums of more
+    fp32 logits than that, in eager mode, are computed with the loss, and scaled by what arrives in the backward pass.
+    Small problems, whose fp32 logits take at most 32 MiB, run on a GPU as products of all tokens, ignored ones too;
+    `explain` says which way a call takes.
 
     Args:
         hidden: (..., E), fp32, bf16 or fp16, any strides. Under autocast, hidden, weight and bias take its
@@ -104,7 +108,10 @@ def linear_cross_entropy(
     arguments = prepare(hidden, weight, target, bias, class_weight, *numbers, *further)
     options = LossOptions(*arguments[4:8])
     label_weight = None
-    if process_group is None:
+    slopes = known_slopes(arguments, reduction, z_loss) if process_group is None else None
+    if slopes is not None and backends.pick(_describe(*arguments[:2])).backend == "cpu":
+        nll, lse, argmax = with_gradients(arguments, slopes, _linear_cross_entropy_backward_op)
+    elif process_group is None:
         nll, lse, argmax, *_ = _linear_cross_entropy_op(*arguments)
     else:
         nll, lse, argmax, _, label_weight, _ = _sharded_linear_cross_entropy_op(*arguments)

@@ -1,0 +1,259 @@
+"""gf.linear_cross_entropy with all gradients computed in the forward pass, some tokens at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from closeness import compare
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loss_cases import BF16, EVERYTHING, FP16, FP32, IGNORED, ISAS, at_thread_counts, same_bits
+from loss_cases import LinearCase as Case
+from loss_cases import poisoned as poisoned  # a fixture
+from test_linear_cross_entropy import as_torch
+
+import gpt4v_fast as gf
+from gpt4v_fast import reference
+from gpt4v_fast._native import _C, view
+from gpt4v_fast.ops import linear_cross_entropy_gradients as op
+
+# Room for some 100 tokens of the classes of most cases, and for one vector of the widest's.
+ROOM = 5_000_000
+
+CASES = [
+    Case("odd", 130, 301, 34, bias=FP32, reduction="sum"),
+    Case("one-token", 1, 150, 16, ignored=0.0, reduction="sum"),
+    Case("parts", 400, 6001, 17, reduction="mean"),
+    Case("parts-of-a-vector", 70, 80_000, 3, reduction="sum", ignored=0.4),
+    Case("most-ignored", 700, 3001, 20, ignored=0.9, reduction="mean"),
+    Case("all-ignored", 70, 301, 20, ignored=1.0, bias=FP32, reduction="sum"),
+    Case("bf16-bias", 130, 3001, 20, bias=BF16, z_loss=1e-2, reduction="mean"),
+    Case("fp16-bias", 130, 3001, 20, bias=FP16, label_smoothing=0.1, reduction="sum"),
+    Case("weighted-mean", 300, 3001, 20, weighted=True, reduction="mean"),
+    Case("everything-mean", 300, 3001, 20, bias=FP32, **EVERYTHING, reduction="mean"),
+    Case("everything-sum", 300, 3001, 20, bias=FP32, **EVERYTHING, reduction="sum"),
+    Case("peaked", 300, 3001, 64, planted=True, spread=1.0, reduction="sum"),
+    Case("plus-minus-1e4", 300, 3001, 16, spread=1e4, bias=FP32, reduction="sum"),
+    Case("flat", 300, 3001, 16, spread=0.0, reduction="mean"),
+]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Small problems take this way too, in several parts; the tokens of each computation."""
+    monkeypatch.setattr(op, "EXTRA_BYTES", ROOM)
+    monkeypatch.setattr(op, "FEWEST_TOKENS", 0)
+    monkeypatch.setattr(op, "KEPT_BY_OP", -1)
+    found: list[int] = []
+    compute = op._compute
+
+    def counting(wanted: tuple[bool, ...], hidden: torch.Tensor, *rest: Any) -> Any:
+        found.append(len(hidden))
+        return compute(wanted, hidden, *rest)
+
+    monkeypatch.setattr(op, "_compute", counting)
+    yield found
+
+
+def check(case: Case, factor: float = 1.0) -> None:
+    tensors, target, options = case.tensors(), case.target(), case.options()
+
+    def run(function: Any) -> Any:
+        return lambda **tensors: (function(target=target, **tensors, **options) * factor,)
+
+    def native(**tensors: Any) -> Any:
+        return (as_torch(target=target, **tensors, **options) * factor,)
+
+    of_op, of_oracle = run(gf.linear_cross_entropy), run(reference.linear_cross_entropy)
+    compare(of_op, of_oracle, tensors, gradients=tuple(tensors), native=native, output_names=("loss",))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_loss_and_gradients(case, isa, calls, poisoned):
+    with gf.force(isa=isa):
+        check(case)
+    assert calls
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    N=st.integers(1, 200),
+    V=st.integers(1, 3000),
+    E=st.integers(1, 70),
+    spread=st.sampled_from([0.0, 1.0, 8.0]),
+    planted=st.booleans(),
+    bias=st.sampled_from([None, FP32, BF16, FP16]),
+    ignored=st.sampled_from([0.0, 0.5, 0.9]),
+    ignore_index=st.sampled_from([IGNORED, 0, -1]),
+    weighted=st.booleans(),
+    label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
+    z_loss=st.sampled_from([0.0, 1e-3]),
+    softcap=st.sampled_from([None, 2.0, 50.0]),
+    factor=st.sampled_from([1.0, 0.25, -3.0]),
+)
+def test_any_arguments(factor, **arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("EXTRA_BYTES", ROOM), ("FEWEST_TOKENS", 0), ("KEPT_BY_OP", -1)):
+            patch.setattr(op, name, value)
+        check(Case("drawn", **arguments, reduction="sum"), factor)
+
+
+@pytest.mark.parametrize("factor", [0.25, -3.0, 1e-3, 0.0])
+def test_scaled_by_what_arrives(factor, calls):
+    case = Case("", 300, 3001, 20, bias=BF16, **EVERYTHING, reduction="mean")
+    check(case, factor)
+    assert len(calls) == 1
+
+
+def leaves_of(case: Case) -> dict[str, torch.Tensor]:
+    return {name: x.requires_grad_() for name, x in case.tensors().items()}
+
+
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
+def test_only_the_gradients_that_are_wanted(wanted, calls):
+    case = Case("", 300, 3001, 20, bias=FP32, reduction="sum")
+    all_of_them, one = leaves_of(case), case.tensors()
+    one[wanted].requires_grad_()
+    want = torch.autograd.grad(gf.linear_cross_entropy(target=case.target(), **all_of_them), all_of_them[wanted])
+    found = torch.autograd.grad(gf.linear_cross_entropy(target=case.target(), **one), one[wanted])
+    assert torch.equal(found[0], want[0]) and len(calls) == 2
+
+
+def test_same_bits_at_any_number_of_threads_and_again(calls):
+    case = Case("", 400, 6001, 17, bias=FP32, label_smoothing=0.1, reduction="mean")
+    leaves = leaves_of(case)
+
+    def run() -> list[torch.Tensor]:
+        loss = gf.linear_cross_entropy(target=case.target(), **leaves)
+        first = torch.autograd.grad(loss, leaves.values(), retain_graph=True)
+        again = torch.autograd.grad(loss, leaves.values())
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        return [loss.detach(), *first]
+
+    first, *others = at_thread_counts(run)
+    assert len(calls) == 2 * (1 + len(others))
+    for other in others:
+        assert all(same_bits(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_loss_of_the_statistics_takes_the_other_way(calls):
+    case = Case("", 300, 3001, 20, z_loss=0.01, reduction="mean")
+
+    def gradients(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = {name: x.to(dtype).requires_grad_() for name, x in case.tensors().items()}
+        loss, stats = function(target=case.target(), **leaves, **case.options(), return_stats=True)
+        return list(torch.autograd.grad(loss + stats.lse[::2].sum(), leaves.values()))
+
+    found, want = gradients(gf.linear_cross_entropy, FP32), gradients(reference.linear_cross_entropy, torch.float64)
+    assert calls == [300]
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulates_into_an_existing_gradient(calls):
+    case = Case("", 300, 3001, 20, bias=FP32, reduction="mean")
+    leaves = leaves_of(case)
+    for _ in range(2):
+        gf.linear_cross_entropy(target=case.target(), **leaves).backward()
+    twice = [x.grad for x in leaves.values()]
+    once = torch.autograd.grad(gf.linear_cross_entropy(target=case.target(), **leaves), leaves.values())
+    assert all(torch.equal(a, 2 * b) for a, b in zip(twice, once, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_shift(reduction, calls):
+    hidden, weight = torch.randn(3, 50, 8, requires_grad=True), torch.randn(2000, 8, requires_grad=True)
+    target = torch.randint(0, 2000, (3, 50))
+    loss = gf.linear_cross_entropy(hidden, weight, target, shift=1, reduction=reduction)
+    want = gf.linear_cross_entropy(hidden[:, :-1].contiguous(), weight, target[:, 1:].contiguous(), reduction=reduction)
+    pairs = zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (loss, want)), strict=True)
+    assert loss == want and all(torch.equal(a, b) for a, b in pairs) and len(calls) == 2
+
+
+@pytest.mark.parametrize("layout", ["columns-first", "every-other", "expanded"])
+def test_any_strides(layout, calls):
+    def lay_out(x: torch.Tensor) -> torch.Tensor:
+        if layout == "columns-first":
+            return x.t().contiguous().t()
+        if layout == "every-other":
+            return x.repeat_interleave(2, dim=1)[:, ::2]
+        return x[:1].expand(x.shape)
+
+    case = Case("", 100, 3001, 20, reduction="mean")
+    strided = {name: lay_out(x) for name, x in case.tensors().items()}
+    results = []
+    for tensors in (strided, {name: x.contiguous() for name, x in strided.items()}):
+        leaves = [x.detach().requires_grad_() for x in tensors.values()]
+        results.append(torch.autograd.grad(gf.linear_cross_entropy(*leaves, case.target()), leaves))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert len(calls) == 2
+
+
+def test_a_bad_label_and_a_second_derivative_are_refused(calls):
+    case = Case("", 100, 3001, 20, ignored=0.0, reduction="mean")
+    leaves, target = leaves_of(case), case.target()
+    target[7] = 3001
+    with pytest.raises(IndexError, match=r"got 3001 at target\[7\]"):
+        gf.linear_cross_entropy(target=target, **leaves)
+    loss = gf.linear_cross_entropy(target=case.target(), **leaves)
+    (gradient,) = torch.autograd.grad(loss, leaves["hidden"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        gradient.sum().backward()
+
+
+def test_not_taken_where_it_does_not_serve(calls):
+    case = Case("", 100, 3001, 20, reduction="mean")
+
+    def taken(case: Case = case, **options: Any) -> bool:
+        before = len(calls)
+        loss = gf.linear_cross_entropy(target=case.target(), **leaves_of(case), **{**case.options(), **options})
+        loss.sum().backward()
+        return len(calls) > before
+
+    assert taken() and not taken(reduction="none") and not taken(dataclasses.replace(case, dtype=BF16))
+    assert not taken(dataclasses.replace(case, ignored=1.0))
+    with gf.force(backend="reference"):
+        assert not taken()
+    with torch.no_grad():
+        gf.linear_cross_entropy(target=case.target(), **leaves_of(case))
+    assert len(calls) == 1
+    hidden, weight = case.tensors().values()
+    torch.func.grad(lambda w: gf.linear_cross_entropy(hidden, w, case.target()))(weight)
+    compiled = torch.compile(gf.linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    compiled(hidden, weight.requires_grad_(), case.target()).backward()
+    assert len(calls) == 1
+
+
+def test_large_problems_take_it_by_themselves(monkeypatch):
+    monkeypatch.setattr(op, "_compute", lambda *arguments: pytest.fail("taken"))
+    for N, V, taken in ((300, 60_000, True), (200, 60_000, False), (40, 400_000, False)):
+        hidden, weight = torch.randn(N, 1, requires_grad=True), torch.randn(V, 1)
+        arguments = (hidden, weight, None, torch.zeros(N, dtype=torch.int64), None, IGNORED, 0.0, 0.0, 0, True)
+        assert (op.known_slopes(arguments, "mean", 0.0) is not None) == taken
+
+
+def test_the_kernel_refuses_16_bits():
+    hidden, weight, rows = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 4, dtype=BF16), torch.zeros(2)
+    labels = torch.zeros(2, dtype=torch.int64)
+    head = (*map(view, (hidden, weight, None, labels, None)), IGNORED, 0.0, 0.0, *map(view, (rows, rows, rows, labels)))
+    with pytest.raises(ValueError, match="hidden"):
+        _C.linear_cross_entropy_gradients(*head, 1.0, 0.0, None, None, None, ROOM, 1)
+
+
+def test_a_loss_that_is_not_finite_is_as_ever(calls, monkeypatch):
+    hidden, weight = torch.randn(20, 4), torch.randn(500, 4, requires_grad=True)
+    hidden[3, 0] = math.inf
+    results = []
+    for kept_by_op in (-1, 1 << 40):
+        monkeypatch.setattr(op, "KEPT_BY_OP", kept_by_op)
+        loss = gf.linear_cross_entropy(hidden, weight, torch.zeros(20, dtype=torch.int64), z_loss=0.1)
+        results.append((loss, *torch.autograd.grad(loss, weight)))
+    assert calls == [20] and not results[0][0].isfinite()
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
