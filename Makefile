@@ -48,7 +48,8 @@ test-sanitize: $(STAMP)
 		PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not slow" -k "not compile and not gradcheck" --timeout=900 \
 		tests/test_native.py tests/test_plain_calls.py tests/test_attention.py tests/test_attention_varlen.py \
 		tests/test_attention_kvcache.py tests/test_wide_integers.py \
-		tests/test_cross_entropy.py tests/test_linear_cross_entropy.py tests/test_kept_logits.py tests/test_linear_cross_entropy_gradients.py tests/test_inplace_backward.py \
+		tests/test_cross_entropy.py tests/test_linear_cross_entropy.py tests/test_kept_logits.py \
+		tests/test_linear_cross_entropy_gradients.py tests/test_inplace_backward.py \
 		tests/test_patch_embed.py
 
 bench: $(STAMP)
