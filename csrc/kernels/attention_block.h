@@ -17,6 +17,9 @@ constexpr int kQueryVectors = kQueries / kLanes;
 constexpr int kKeys = 64;
 // The last block of keys takes in up to a quarter more: a block of few keys passes over all of out like a whole one.
 constexpr int kMaxKeys = kKeys + kKeys / 4;
+// Forward, out passes by half as often with blocks twice as long, and what a mask hides is left out (`TileKeys`).
+constexpr int kForwardKeys = 2 * kKeys;
+constexpr int kMaxForwardKeys = kForwardKeys + kForwardKeys / 4;
 
 static inline int32_t int_at(const View& view, int64_t index) { return static_cast<const int32_t*>(view.data)[index]; }
 

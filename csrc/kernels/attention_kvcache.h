@@ -225,7 +225,9 @@ static void attend_to_gathered(const KvCacheArgs& c, const AttentionArgs& a, con
   for (int64_t b = 0; b < B; ++b) {
     const int64_t offset = int_at(a.offsets, b);
     // Whole blocks are left out, so that those that are not are divided as in a dense cache.
-    first[b] = a.window_left < 0 ? 0 : static_cast<int32_t>(clamp(offset - a.window_left, 0, total[b]) / kKeys * kKeys);
+    first[b] = a.window_left < 0
+                   ? 0
+                   : static_cast<int32_t>(clamp(offset - a.window_left, 0, total[b]) / kForwardKeys * kForwardKeys);
     lengths[b] = total[b] - first[b];
     offsets[b] = static_cast<int32_t>(offset - first[b]);
     longest = max_of(longest, lengths[b]);
