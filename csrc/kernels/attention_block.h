@@ -17,9 +17,10 @@ constexpr int kQueryVectors = kQueries / kLanes;
 constexpr int kKeys = 64;
 // The last block of keys takes in up to a quarter more: a block of few keys passes over all of out like a whole one.
 constexpr int kMaxKeys = kKeys + kKeys / 4;
-// Forward, out passes by half as often with blocks twice as long, and what a mask hides is left out (`TileKeys`).
+// Forward, out passes by half as often with blocks twice as long, and what a mask hides is left out (`TileKeys`); but
+// the last kShortKeys of a sequence come in short blocks, which suit sequences that are no longer than that.
 constexpr int kForwardKeys = 2 * kKeys;
-constexpr int kMaxForwardKeys = kForwardKeys + kForwardKeys / 4;
+constexpr int kShortKeys = 5 * kKeys;
 
 static inline int32_t int_at(const View& view, int64_t index) { return static_cast<const int32_t*>(view.data)[index]; }
 

@@ -1,6 +1,6 @@
 // Attention forward: FlashAttention-2 (Dao 2023, algorithm 1) with queries in the lanes.
 //
-// A strip of 48 queries is transposed once; blocks of 128 keys pass by. Per pair of them
+// A strip of 48 queries is transposed once; blocks of 128 keys, at the end 64, pass by. Per pair of them
 //     scores[key][query]  = K Q^T                      48 x 128 x D multiply-adds
 //     weights[key][query] = 2^(factor scores - base), all keys of a query in one lane
 //     out[d][query]       = out alpha + V^T weights     48 x 128 x Dv multiply-adds
@@ -44,7 +44,7 @@ struct ForwardScratch {
   int64_t size;
 
   ForwardScratch(const AttentionArgs& a, int64_t strip_count, float* scratch) {
-    const int64_t tile = kMaxForwardKeys * kQueries;
+    const int64_t tile = kForwardKeys * kQueries;
     padded_D = round_up(a.q.size[3], kLanes), padded_Dv = round_up(a.v.size[3], kLanes);
     Arena arena(scratch);
     for (int64_t i = 0; i < strip_count; ++i) {
@@ -55,11 +55,11 @@ struct ForwardScratch {
       strip.sum = arena.take(kQueries);
     }
     for (int i = 0; i < 2; ++i) {
-      values[i] = arena.take(kMaxForwardKeys * padded_Dv);
+      values[i] = arena.take(kForwardKeys * padded_Dv);
       scores[i] = arena.take(tile + kQueries);  // one row more, for the pair of an odd key
       alpha[i] = arena.take(kQueries);
     }
-    keys = arena.take(kMaxForwardKeys * padded_D);
+    keys = arena.take(kForwardKeys * padded_D);
     rows = arena.take(kQueries * max_of(padded_D, padded_Dv));  // of q or out, [query][D]
     bias = arena.take(a.bias.defined ? tile : 0);
     dropout = arena.take(a.dropout_p > 0 ? tile : 0);
@@ -216,10 +216,10 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
   };
   for (int64_t j0 = begin, block_keys; j0 < end; j0 += block_keys) {
     const int64_t left = blocks[0].sequence.visible_keys - j0;
-    block_keys = left <= kMaxForwardKeys ? left : kForwardKeys;
+    block_keys = left <= kMaxKeys ? left : left <= kShortKeys ? kKeys : kForwardKeys;
     const KeyIds documents(a.key_documents, blocks[0].sequence, j0, block_keys),
         images(a.key_images, blocks[0].sequence, j0, block_keys);
-    const int64_t next = j0 + block_keys, next_keys = clamp(end - next, 0, kMaxForwardKeys);
+    const int64_t next = j0 + block_keys, next_keys = clamp(end - next, 0, kForwardKeys);
     // Each strip asks for its part of the next keys and values, and the last time for its rows of out.
     const auto prefetch = [&](int64_t i) ALWAYS_INLINE_LAMBDA {
       const QueryBlock& block = blocks[i];

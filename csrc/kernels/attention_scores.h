@@ -71,7 +71,7 @@ static void hide_scores(const QueryBlock& block, int64_t j0, const int64_t* n, c
   const Vec hidden = broadcast(-kInfinity);
   // The first keys that all queries see, if only the end of what they see is in the tile.
   const bool only_end = documents.data == nullptr && j0 >= block.max_first;
-  const int64_t begin = only_end ? clamp(min_of(block.min_last, block.min_diagonal) + 1 - j0, 0, kMaxForwardKeys) : 0;
+  const int64_t begin = only_end ? clamp(min_of(block.min_last, block.min_diagonal) + 1 - j0, 0, kForwardKeys) : 0;
   for (int64_t lane = 0; lane < block.width; lane += kLanes)
     for (int64_t c = begin; c < n[lane / kLanes]; ++c) {
       float* at = scores + c * kQueries + lane;
