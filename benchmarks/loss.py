@@ -71,6 +71,7 @@ DEFAULT = (
     Shape("n256_v32000_e4096", 256, 32000, 4096, dtypes=("bf16",), directions=TRAINING),
     Shape("n256_v128256_e576", 256, 128256, 576, dtypes=("bf16",)),
     Shape("n256_v262144_e576", 256, 262144, 576, dtypes=("bf16",), directions=TRAINING),
+    Shape("n2048_v49152_e576", 2048, 49152, 576, directions=TRAINING),
     Shape("n8192_v32000_e576", 8192, 32000, 576, dtypes=("bf16",), directions=TRAINING),
     Shape("n1024_v49152", 1024, 49152),
     Shape("n1024_v50257", 1024, 50257),
