@@ -32,14 +32,14 @@ from gpt4v_fast.ops.cross_entropy import (
     sharded_row_tensors,
     triton_options,
 )
-from gpt4v_fast.ops.linear_cross_entropy_gradients import known_slopes, with_gradients
+from gpt4v_fast.ops.linear_cross_entropy_gradients import KEPT_BY_OP, known_slopes, with_gradients
 from gpt4v_fast.reference import LossStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Bytes that forward may leave for backward at the most (csrc/kernels/kept_logits.h), of the 64 MiB of extra memory.
-KEPT_BYTES = 56 << 20
+KEPT_BYTES = KEPT_BY_OP
 
 
 def linear_cross_entropy(
