@@ -6,7 +6,7 @@
 //     attention_work.h      strips of queries, and the units of work that they form
 //     attention_products.h  queries in those products
 //     attention_softmax.h   the online softmax of a tile
-//     attention_forward.h, attention_backward.h, attention_backward_bias.h
+//     attention_forward.h, attention_backward.h, attention_backward_strip.h, attention_backward_bias.h
 //     attention_decode.h    forward where rows are few, with attention_decode_rows.h
 #pragma once
 

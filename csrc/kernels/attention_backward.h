@@ -7,208 +7,185 @@
 // A unit of work is a key head of a sequence with all or a share of its strips of queries. It walks groups of up to
 // kStrips strips, and for each the key blocks. Per key block and strip it does three products: scores, dP and dQ; then
 // for the key block and all of the group's strips at once dV and dK, whose sums over queries are long then. dQ belongs
-// to the group; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch. Where a call has fewer than
-// kUnits key heads, each is shared by several units, whose sums are added in a fixed order; so the result does not
-// depend on the number of threads, and at most max(kUnits, B Hkv) threads find work.
+// to the group; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch, which is not touched where no
+// query sees a key. Of a tile that a mask cuts each vector of queries takes part with the keys that one of its queries
+// sees, in eights. Where a call has fewer than kUnits key heads, each is shared by several units, whose sums are added
+// in a fixed order; so the result does not depend on the number of threads, and at most max(kUnits, B Hkv) threads find
+// work.
 #pragma once
 
 #include <cmath>
 
-#include "kernels/attention_backward_bias.h"
+#include "kernels/attention_backward_strip.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
 constexpr int64_t kUnits = 8;
+// Rows of the next group that a tile asks for: six tiles ask for all of them.
+constexpr int64_t kAskedRows = 32;
 
-// What belongs to a strip while its key blocks pass.
-struct GradientStrip {
-  float *queries, *douts, *dq;  // [D][query] or pairs [D / 2][query]; dq always [D][query]
-  float *base, *delta;          // of the weights' exponents, and delta as above
-  int64_t offset;               // of its first column in the group's tiles
+// Neighbouring strips of a key head, whose dV and dK are made together.
+struct Group {
+  int64_t count = 0;
+  QueryBlock blocks[kStrips];
 };
 
-template <class T>
-struct GradientScratch {
-  using Element = typename Products<T>::Element;
-  int64_t D, Dv, padded_D, padded_Dv;  // padded to whole vectors
-  int64_t group;                       // strips in a group: fewer where heads are wide, for a second-level cache
-  GradientStrip strips[kStrips];
-  float *queries, *douts;      // of the group: rows [query][D] or pairs [query / 2][D]
-  Element *weights, *dscores;  // of the group, [key][query]; weights are M P
-  float *scores, *dprobs;      // of a strip, [key][query]
-  float* dscores_strip;        // of a strip, pairs [key / 2][query]
-  float *keys, *values, *keys_transposed, *slope, *bias, *dropout, *scale, *rows;
-  int64_t size;
+// The sums of dK and dV of a key head, (T, padded_D) and (T, padded_Dv) in fp32; each run of kKeyRun keys counts only
+// once `has` says so, and is unwritten memory before.
+struct KeySums {
+  float *dk, *dv;
+  uint8_t* has;
+};
 
-  GradientScratch(const AttentionArgs& a, float* base) {
-    const int64_t tile = kKeys * kQueries;
-    D = a.q.size[3], Dv = a.v.size[3];
-    padded_D = round_up(D, kLanes), padded_Dv = round_up(Dv, kLanes);
-    group = D + Dv > 256 ? kStrips / 2 : kStrips;
-    Arena arena(base);
-    for (GradientStrip& strip : strips) {
-      strip.queries = arena.take(padded_D * kQueries);
-      strip.douts = arena.take(padded_Dv * kQueries);
-      strip.dq = arena.take(padded_D * kQueries);
-      strip.base = arena.take(kQueries);
-      strip.delta = arena.take(kQueries);
+// Asks for rows [begin, end) of the group's strips, counted through them: q, dout and out.
+template <class T>
+ALWAYS_INLINE static void prefetch_group(const AttentionArgs& a, const Group& group, int64_t begin, int64_t end) {
+  for (int64_t i = 0, first = 0; i < group.count; first += group.blocks[i].count, ++i) {
+    const QueryBlock& block = group.blocks[i];
+    const int64_t from = max_of(begin - first, 0), to = min_of(end - first, block.count);
+    if (from >= to || !block.are_even(0, block.count)) continue;
+    const View* const views[] = {&a.q, &a.dout, &a.out};
+    for (const View* view : views) {
+      Rows<const T> rows = query_row<const T>(*view, block, 0);
+      rows.row_stride = view->stride[2];
+      prefetch_rows(rows, from, to, view->size[3]);
     }
-    queries = arena.take(kStrips * kQueries * padded_D);
-    douts = arena.take(kStrips * kQueries * padded_Dv);
-    weights = reinterpret_cast<Element*>(arena.take(kStrips * tile));
-    dscores = reinterpret_cast<Element*>(arena.take(kStrips * tile));
-    scores = arena.take(tile);
-    dprobs = arena.take(tile);
-    dscores_strip = arena.take(Products<T>::kPairs ? tile : 0);
-    keys = arena.take(kKeys * padded_D);
-    values = arena.take(kKeys * padded_Dv);
-    keys_transposed = arena.take(Products<T>::kPairs ? kKeys * padded_D : 0);
-    slope = a.softcap > 0 ? arena.take(tile) : nullptr;
-    bias = arena.take(a.bias.defined ? tile : 0);
-    dropout = a.dropout_p > 0 ? arena.take(tile) : nullptr;
-    scale = arena.take(kQueries);
-    rows = arena.take(kQueries * max_of(padded_D, padded_Dv));
-    size = arena.used();
   }
-  int64_t columns() const { return kStrips * kQueries; }  // of the group's tiles
-};
-
-// Where the rows' delta is kept for dsinks: that of q's row (batch, head, row) is delta[(batch H + head) Nq + row].
-static inline int64_t delta_index(const AttentionArgs& a, const QueryBlock& block, int64_t lane) {
-  return (block.sequence.batch * a.q.size[1] + block.head[lane]) * a.q.size[2] + block.sequence.query0 +
-         block.index[lane];
 }
 
-// Fills what belongs to the queries of a strip: q and dout both ways round, lse and delta. `deltas` may be null.
+// dK and dV of a block of keys from the group's tiles: for each run of keys, the columns [low, high) that see them.
 template <class T>
-static void load_strip(const AttentionArgs& a, const QueryBlock& block, const GradientScratch<T>& s,
-                       const GradientStrip& strip, float* deltas) {
-  const int64_t row = Products<T>::depth(strip.offset);
-  Products<T>::load_queries(a.q, block, s.rows, s.padded_D, strip.queries, s.queries + row * s.padded_D);
-  Products<T>::load_queries(a.dout, block, s.rows, s.padded_Dv, strip.douts, s.douts + row * s.padded_Dv);
-  load_statistics<T>(a, block, is_plain(a) ? kLog2E : 1.0f, strip.base, strip.delta);
-  for (int64_t lane = 0; deltas != nullptr && lane < block.count; ++lane)
-    deltas[delta_index(a, block, lane)] = strip.delta[lane];
-  std::memset(strip.dq, 0, s.padded_D * kQueries * sizeof(float));
-}
-
-// From scores and dP of keys [0, n) of a strip to M P and dS; rows up to `rows` are filled with zeros.
-template <class T>
-static void differentiate(const QueryBlock& block, int64_t n, int64_t rows, const GradientScratch<T>& s,
-                          const GradientStrip& strip) {
-  constexpr bool kPairs = Products<T>::kPairs;
-  const bool plain = is_plain(*block.args);
-  const Vec factors = broadcast(exponent_factor(*block.args));
-  const int64_t columns = s.columns();
-  for (int64_t c = 0; c < rows; c += 2)
-    for (int64_t lane = 0; lane < block.width; lane += kLanes) {
-      const Vec base = load_vec(strip.base + lane), delta = load_vec(strip.delta + lane);
-      Vec dscore[2] = {};
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        const int64_t from = (c + i) * kQueries + lane, to = (c + i) * columns + strip.offset + lane;
-        Vec weight = {};
-        if (c + i < n) {
-          const Vec score = load_vec(s.scores + from);
-          const Vec dropout = s.dropout == nullptr ? Vec{} : load_vec(s.dropout + from);
-          Vec dprob = load_vec(s.dprobs + from);
-          if (s.dropout != nullptr) dprob = dprob * dropout;
-          const Vec x = plain ? exponent<true>(score, factors, base) : exponent<false>(score, factors, base);
-          weight = exp2(x);
-          dscore[i] = weight * (dprob - delta);
-          dscore[i] = score == -kInfinity ? Vec{} : dscore[i];  // hidden: zero, also in a row of NaN
-          if (s.slope != nullptr) dscore[i] = dscore[i] * load_vec(s.slope + from);
-          if (s.dropout != nullptr) weight = weight * dropout;
-        } else if (c + i >= rows) {
-          break;
-        }
-        store_row(s.weights + to, weight);
-        store_row(s.dscores + to, dscore[i]);
-      }
-      if (kPairs) store_vec(s.dscores_strip + c / 2 * kQueries + lane, pair_of(dscore[0], dscore[1]));
-    }
-}
-
-// The scores and dP of a strip and keys [j0, j0 + n), and from them its columns in the group's tiles and its part of
-// dq.
-template <class T>
-static void backward_strip(const AttentionArgs& a, const QueryBlock& block, int64_t j0, int64_t n, int64_t rows,
-                           Cover cover, const KeyIds& documents, const KeyIds& images,
-                           typename Products<T>::RowOperand keys, typename Products<T>::RowOperand values,
-                           typename Products<T>::ColumnOperand keys_transposed, const GradientScratch<T>& s,
-                           const GradientStrip& strip) {
+static void add_to_keys(const KeyTile<T>& tile, const int64_t* low, const int64_t* high, const GradientScratch<T>& s,
+                        const KeySums& sums) {
   using P = Products<T>;
-  const int64_t width = block.width;
-  if (is_plain(a))
-    product<Into::kSet>(n, width, P::depth(s.D), keys, strip.queries, kQueries, s.scores, kQueries);
-  else
-    product<Into::kSetScaled>(n, width, P::depth(s.D), keys, strip.queries, kQueries, s.scores, kQueries, s.scale);
-  product<Into::kSet>(n, width, P::depth(s.Dv), values, strip.douts, kQueries, s.dprobs, kQueries);
-  finish_scores(block, j0, n, cover, documents, images, s.bias, s.scores, s.slope);
-  if (a.dropout_p > 0) dropout_tile(block, j0, n, s.dropout);
-  differentiate<T>(block, n, rows, s, strip);
-  const float* dscores = s.dscores_strip;
-  int64_t stride = kQueries;
-  if constexpr (!P::kPairs) dscores = s.dscores + strip.offset, stride = s.columns();
-  product<Into::kAdd>(s.D, width, P::depth(n), keys_transposed, dscores, stride, strip.dq, kQueries);
+  uint8_t* has = sums.has + tile.j0 / kKeyRun;
+  const int64_t runs = ceil_div(tile.rows, kKeyRun);
+  for (int64_t run = 0, next; run < runs; run = next) {
+    next = run + 1;
+    while (next < runs && low[next] == low[run] && high[next] == high[run] && has[next] == has[run]) ++next;
+    if (low[run] >= high[run]) continue;
+    const int64_t begin = run * kKeyRun, count = min_of(next * kKeyRun, tile.rows) - begin, j = tile.j0 + begin;
+    const int64_t column = low[run], depth = P::depth(high[run] - column), row = P::depth(column);
+    const int64_t at = begin * s.columns() + column;
+    const auto add = [&](auto into) {
+      product<decltype(into)::value>(count, s.padded_Dv, depth, typename P::RowOperand{s.weights + at, s.columns()},
+                                     s.douts + row * s.padded_Dv, s.padded_Dv, sums.dv + j * s.padded_Dv, s.padded_Dv);
+      product<decltype(into)::value>(count, s.padded_D, depth, typename P::RowOperand{s.dscores + at, s.columns()},
+                                     s.queries + row * s.padded_D, s.padded_D, sums.dk + j * s.padded_D, s.padded_D);
+    };
+    if (has[run])
+      add(std::integral_constant<Into, Into::kAdd>{});
+    else
+      add(std::integral_constant<Into, Into::kSet>{});
+    std::memset(has + run, 1, next - run);
+  }
 }
 
-// All strips [begin, end) of a key head; dk and dv are fp32 sums (T, padded_D) and (T, padded_Dv).
+// The strips of a group, which adds to `sums`; `following` is asked for on the way.
 template <class T>
-static void backward_unit(const AttentionArgs& a, const QueryWork& work, const Sequence& sequence, int64_t kv_head,
-                          int64_t begin, int64_t end, GradientScratch<T>& s, float* deltas, float* dk, float* dv) {
+static void backward_group(const AttentionArgs& a, const Group& group, const Group& following, GradientScratch<T>& s,
+                           float* deltas, const KeySums& sums) {
   using P = Products<T>;
-  std::memset(dk, 0, sequence.T * s.padded_D * sizeof(float));
-  std::memset(dv, 0, sequence.T * s.padded_Dv * sizeof(float));
-  for (int64_t lane = 0; lane < kQueries; ++lane) s.scale[lane] = a.scale;
-  for (int64_t first = begin; first < end; first += s.group) {
-    const int64_t count = min_of(s.group, end - first);
-    QueryBlock blocks[kStrips];
-    int64_t offset = 0, key_begin = INT64_MAX, key_end = 0;
+  const int64_t count = group.count;
+  if (count == 0) return;
+  const Sequence& sequence = group.blocks[0].sequence;
+  const int64_t kv_head = group.blocks[0].kv_head;
+  int64_t columns = 0, key_begin = INT64_MAX, key_end = 0, asked = 0;
+  int32_t min_document = INT32_MAX, max_document = INT32_MIN;
+  for (int64_t i = 0; i < count; ++i) {
+    const QueryBlock& block = group.blocks[i];
+    s.strips[i].offset = columns;
+    load_strip<T>(a, block, s, s.strips[i], deltas);
+    columns += i + 1 < count ? block.width : block.count;
+    key_begin = min_of(key_begin, block.key_begin()), key_end = max_of(key_end, block.key_end());
+    min_document = min_of(min_document, block.min_document), max_document = max_of(max_document, block.max_document);
+  }
+  key_end = min_of(round_up(key_end, kKeyRun), sequence.T);  // whole runs, of which `has` tells
+  for (int64_t j0 = key_begin, rows; j0 < key_end; j0 += rows) {
+    rows = key_end - j0 <= kMaxKeys ? key_end - j0 : kKeys;
+    KeyTile<T> tile{j0, rows, {a.key_documents, sequence, j0, rows}, {a.key_images, sequence, j0, rows}, {}, {}, {}};
+    const KeyIds& documents = tile.documents;
+    if (documents.data != nullptr && (documents.high < min_document || documents.low > max_document)) continue;
+    int64_t n[kStrips], low = count, high = -1;  // the first and last strip that see any of the keys
+    Cover cover[kStrips];
     for (int64_t i = 0; i < count; ++i) {
-      work.get_strip(sequence, kv_head, first + i, blocks[i]);
-      s.strips[i].offset = offset, offset += blocks[i].width;
-      load_strip<T>(a, blocks[i], s, s.strips[i], deltas);
-      key_begin = min_of(key_begin, blocks[i].key_begin()), key_end = max_of(key_end, blocks[i].key_end());
+      const QueryBlock& block = group.blocks[i];
+      n[i] = min_of(rows, block.key_end() - j0);
+      cover[i] = n[i] <= 0 ? Cover::kNone : cover_of(block, j0, n[i], documents, tile.images);
+      if (cover[i] != Cover::kNone) low = min_of(low, i), high = i;
     }
-    for (int64_t j0 = key_begin; j0 < key_end; j0 += kKeys) {
-      const int64_t rows = min_of(kKeys, key_end - j0);
-      const KeyIds documents(a.key_documents, sequence, j0, rows), images(a.key_images, sequence, j0, rows);
-      int64_t n[kStrips], low = count, high = -1;  // the first and last strip that see any of the keys
-      Cover cover[kStrips];
-      for (int64_t i = 0; i < count; ++i) {
-        n[i] = min_of(rows, blocks[i].key_end() - j0);
-        cover[i] = n[i] <= 0 ? Cover::kNone : cover_of(blocks[i], j0, n[i], documents, images);
-        if (cover[i] != Cover::kNone) low = min_of(low, i), high = i;
+    if (high < 0) continue;
+    const Rows<const T> k = key_rows<const T>(a.k, sequence, kv_head, j0);
+    const Rows<const T> v = key_rows<const T>(a.v, sequence, kv_head, j0);
+    tile.keys = P::rows_of(k, rows, s.D, s.keys, s.padded_D);
+    tile.values = P::rows_of(v, rows, s.Dv, s.values, s.padded_Dv);
+    if constexpr (P::kPairs)
+      tile.keys_transposed = P::columns_of(k, rows, s.D, s.keys_transposed, s.padded_D);
+    else
+      tile.keys_transposed = {tile.keys.data, tile.keys.stride};
+    int64_t run_low[kMaxKeys / kKeyRun], run_high[kMaxKeys / kKeyRun];  // columns that see a run of keys
+    for (int64_t run = 0; run < kMaxKeys / kKeyRun; ++run) run_low[run] = columns, run_high[run] = 0;
+    const int64_t next_keys = clamp(key_end - j0 - rows, 0, kKeys);
+    for (int64_t i = low; i <= high; ++i) {
+      GradientStrip& strip = s.strips[i];
+      const QueryBlock& block = group.blocks[i];
+      KeyRange ranges[kQueryVectors];
+      tile_ranges(block, strip, cover[i], j0, n[i], documents, ranges);
+      for (int64_t vector = 0; vector < block.width / kLanes; ++vector) {
+        const int64_t column = strip.offset + vector * kLanes, end = min_of(column + kLanes, columns);
+        for (int64_t run = ranges[vector].begin / kKeyRun; run < ceil_div(ranges[vector].end, kKeyRun); ++run)
+          run_low[run] = min_of(run_low[run], column), run_high[run] = max_of(run_high[run], end);
       }
-      if (high < 0) continue;
-      const Rows<const T> k = key_rows<const T>(a.k, sequence, kv_head, j0);
-      const auto keys = P::rows_of(k, rows, s.D, s.keys, s.padded_D);
-      const auto values = P::rows_of(key_rows<const T>(a.v, sequence, kv_head, j0), rows, s.Dv, s.values, s.padded_Dv);
-      typename P::ColumnOperand keys_transposed;
-      if constexpr (P::kPairs)
-        keys_transposed = P::columns_of(k, rows, s.D, s.keys_transposed, s.padded_D);
-      else
-        keys_transposed = {keys.data, keys.stride};
-      for (int64_t i = low; i <= high; ++i) {
-        const GradientStrip& strip = s.strips[i];
-        if (cover[i] == Cover::kNone)
-          differentiate<T>(blocks[i], 0, rows, s, strip);  // zeros
-        else
-          backward_strip<T>(a, blocks[i], j0, n[i], rows, cover[i], documents, images, keys, values, keys_transposed, s,
-                            strip);
+      if (cover[i] == Cover::kNone) {
+        differentiate<T, false>(block, j0, ranges, rows, documents, tile.images, s, strip);  // zeros
+        continue;
       }
-      const int64_t column = s.strips[low].offset;
-      const int64_t depth = P::depth(s.strips[high].offset + blocks[high].width - column), row = P::depth(column);
-      product<Into::kAdd>(rows, s.padded_Dv, depth, typename P::RowOperand{s.weights + column, s.columns()},
-                          s.douts + row * s.padded_Dv, s.padded_Dv, dv + j0 * s.padded_Dv, s.padded_Dv);
-      product<Into::kAdd>(rows, s.padded_D, depth, typename P::RowOperand{s.dscores + column, s.columns()},
-                          s.queries + row * s.padded_D, s.padded_D, dk + j0 * s.padded_D, s.padded_D);
+      prefetch_group<T>(a, following, asked, asked + kAskedRows);
+      asked += kAskedRows;
+      const int64_t from = next_keys * (i - low) / (high - low + 1), to = next_keys * (i - low + 1) / (high - low + 1);
+      prefetch_rows(key_rows<const T>(a.k, sequence, kv_head, j0 + rows), from, to, s.D);
+      prefetch_rows(key_rows<const T>(a.v, sequence, kv_head, j0 + rows), from, to, s.Dv);
+      if (j0 + rows >= block.key_end()) prefetch_queries<T>(a.dq, block);
+      backward_strip<T>(a, block, tile, n[i], cover[i], ranges, s, strip);
     }
-    for (int64_t i = 0; i < count; ++i) {
-      transpose(s.strips[i].dq, kQueries, s.D, blocks[i].count, s.rows, s.padded_D);
-      for (int64_t lane = 0; lane < blocks[i].count; ++lane)
-        unpack<T>(s.rows + lane * s.padded_D, s.padded_D, 1, s.D, a.scale, query_row<T>(a.dq, blocks[i], lane));
+    add_to_keys<T>(tile, run_low, run_high, s, sums);
+  }
+  prefetch_group<T>(a, following, asked, kStrips * kQueries);
+  for (int64_t i = 0; i < count; ++i) {
+    const GradientStrip& strip = s.strips[i];
+    if (!strip.has_dq) std::memset(strip.dq, 0, s.padded_D * kQueries * sizeof(float));
+    P::store_out(a.dq, group.blocks[i], strip.dq, s.scale, s.rows, s.padded_D);
+  }
+}
+
+// Writes dk and dv of keys [begin, end), begin a multiple of kKeyRun, from the sums of all `shares` of a key head,
+// added up in their order in the place of the first.
+template <class T>
+static void write_keys(const AttentionArgs& a, const Sequence& sequence, int64_t kv_head, int64_t begin, int64_t end,
+                       int64_t shares, const KeySums* sums, const GradientScratch<T>& s) {
+  std::memset(s.rows, 0, max_of(s.padded_D, s.padded_Dv) * sizeof(float));
+  const auto add = [](const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; ++i) to[i] += from[i];
+  };
+  for (int64_t j = begin; j < end; j += kKeyRun) {
+    const int64_t n = min_of(kKeyRun, end - j), k = j * s.padded_D, v = j * s.padded_Dv;
+    const KeySums* found = nullptr;
+    for (int64_t share = 0; share < shares; ++share) {
+      if (!sums[share].has[j / kKeyRun]) continue;
+      if (found == nullptr) {
+        found = &sums[share];
+        continue;
+      }
+      add(sums[share].dk + k, n * s.padded_D, found->dk + k);
+      add(sums[share].dv + v, n * s.padded_Dv, found->dv + v);
+    }
+    const Rows<T> dk = key_rows<T>(a.dk, sequence, kv_head, j), dv = key_rows<T>(a.dv, sequence, kv_head, j);
+    if (found != nullptr) {
+      unpack<T>(found->dk + k, s.padded_D, n, s.D, a.scale, dk);
+      unpack<T>(found->dv + v, s.padded_Dv, n, s.Dv, 1.0f, dv);
+    } else {  // one row of zeros again and again
+      unpack<T>(s.rows, 0, n, s.D, 1.0f, dk);
+      unpack<T>(s.rows, 0, n, s.Dv, 1.0f, dv);
     }
   }
 }
@@ -224,44 +201,61 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
   int64_t longest = 0;
   for (int64_t b = 0; b < B; ++b) longest = max_of(longest, sequence_at(a, b).T);
   // With one unit a key head its sums are written at once, and the next unit of that thread takes their place.
-  const int64_t sums_size = longest * (sizes.padded_D + sizes.padded_Dv);
-  const Buffer<float> sums((shares == 1 ? team : units) * sums_size);
+  const int64_t sums_size = longest * (sizes.padded_D + sizes.padded_Dv), runs = ceil_div(longest, kKeyRun);
+  const Buffer<float> all_sums((shares == 1 ? team : units) * sums_size);
+  const Buffer<uint8_t> all_has((shares == 1 ? team : units) * runs);
   const Buffer<float> scratch(team * sizes.size);
-  const auto write = [&](const Sequence& sequence, int64_t kv_head, int64_t j0, int64_t n, const float* dk,
-                         const float* dv) {
-    unpack<T>(dk + j0 * sizes.padded_D, sizes.padded_D, n, sizes.D, a.scale, key_rows<T>(a.dk, sequence, kv_head, j0));
-    unpack<T>(dv + j0 * sizes.padded_Dv, sizes.padded_Dv, n, sizes.Dv, 1.0f, key_rows<T>(a.dv, sequence, kv_head, j0));
+  const auto sums_of = [&](int64_t unit, const Sequence& sequence) {
+    const int64_t place = shares == 1 ? omp_get_thread_num() : unit;
+    float* dk = all_sums.get() + place * sums_size;
+    return KeySums{dk, dk + sequence.T * sizes.padded_D, all_has.get() + place * runs};
   };
+  // Fills the group `index` of a unit; returns how many that has, 1 if it has no queries.
+  const auto get_group = [&](int64_t unit, int64_t index, Group& group) {
+    group.count = 0;
+    if (unit >= units) return int64_t{0};
+    const Sequence sequence = sequence_at(a, unit / shares / Hkv);
+    const int64_t strips = work.strips(sequence), share = unit % shares;
+    const int64_t begin = strips * share / shares, count = strips * (share + 1) / shares - begin;
+    const int64_t groups = max_of(ceil_div(count, sizes.group), 1);
+    for (int64_t i = count * index / groups; i < count * (index + 1) / groups; ++i)
+      work.get_strip(sequence, unit / shares % Hkv, begin + i, group.blocks[group.count++]);
+    return groups;
+  };
+  int64_t claimed = 0;
 #pragma omp parallel num_threads(team)
   {
     GradientScratch<T> s(a, scratch.get() + omp_get_thread_num() * sizes.size);
-#pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) {
-      const int64_t head = unit / shares, share = unit % shares;
-      const Sequence sequence = sequence_at(a, head / Hkv);
-      const int64_t strips = work.strips(sequence);
-      float* dk = sums.get() + (shares == 1 ? omp_get_thread_num() : unit) * sums_size;
-      float* dv = dk + sequence.T * s.padded_D;
-      backward_unit<T>(a, work, sequence, head % Hkv, strips * share / shares, strips * (share + 1) / shares, s, deltas,
-                       dk, dv);
-      if (shares == 1) write(sequence, head % Hkv, 0, sequence.T, dk, dv);
+    const auto claim = [&] {
+      int64_t unit;
+#pragma omp atomic capture
+      unit = claimed++;
+      return unit;
+    };
+    // Units are claimed a group ahead, so that what comes next can be asked for.
+    Group groups[2];
+    int64_t unit = claim(), index = 0, count = get_group(unit, 0, groups[0]);
+    for (int current = 0; unit < units; current ^= 1) {
+      const bool is_last = index + 1 == count;
+      const int64_t next = is_last ? claim() : unit, next_index = is_last ? 0 : index + 1;
+      const int64_t next_count = get_group(next, next_index, groups[current ^ 1]);
+      const Sequence sequence = sequence_at(a, unit / shares / Hkv);
+      const KeySums sums = sums_of(unit, sequence);
+      if (index == 0) std::memset(sums.has, 0, runs);
+      backward_group<T>(a, groups[current], groups[current ^ 1], s, deltas, sums);
+      if (is_last && shares == 1) write_keys(a, sequence, unit % Hkv, 0, sequence.T, 1, &sums, s);
+      unit = next, index = next_index, count = next_count;
     }
-    const int64_t key_blocks = ceil_div(longest, kKeys);
+#pragma omp barrier
     if (shares > 1) {
 #pragma omp for schedule(dynamic) collapse(2)
       for (int64_t head = 0; head < B * Hkv; ++head) {
-        for (int64_t key_block = 0; key_block < key_blocks; ++key_block) {
+        for (int64_t block = 0; block < ceil_div(longest, kKeys); ++block) {
           const Sequence sequence = sequence_at(a, head / Hkv);
-          const int64_t j0 = key_block * kKeys, n = min_of(kKeys, sequence.T - j0);
-          if (n <= 0) continue;
-          float* dk = sums.get() + head * shares * sums_size;
-          float* dv = dk + sequence.T * s.padded_D;
-          for (int64_t share = 1; share < shares; ++share) {
-            const int64_t next = share * sums_size;
-            for (int64_t i = j0 * s.padded_D; i < (j0 + n) * s.padded_D; ++i) dk[i] += dk[next + i];
-            for (int64_t i = j0 * s.padded_Dv; i < (j0 + n) * s.padded_Dv; ++i) dv[i] += dv[next + i];
-          }
-          write(sequence, head % Hkv, j0, n, dk, dv);
+          const int64_t begin = block * kKeys, end = min_of(begin + kKeys, sequence.T);
+          KeySums sums[kUnits];
+          for (int64_t share = 0; share < shares; ++share) sums[share] = sums_of(head * shares + share, sequence);
+          write_keys(a, sequence, head % Hkv, begin, end, shares, sums, s);
         }
       }
     }
