@@ -7,11 +7,11 @@
 // A unit of work is a key head of a sequence with all or a share of its strips of queries. It walks groups of up to
 // kStrips strips, and for each the key blocks. Per key block and strip it does three products: scores, dP and dQ; then
 // for the key block and all of the group's strips at once dV and dK, whose sums over queries are long then. dQ belongs
-// to the group; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch, which is not touched where no
-// query sees a key. Of a tile that a mask cuts each vector of queries takes part with the keys that one of its queries
-// sees, in eights. Where a call has fewer than kUnits key heads, each is shared by several units, whose sums are added
-// in a fixed order; so the result does not depend on the number of threads, and at most max(kUnits, B Hkv) threads find
-// work.
+// to the group; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch, which is not touched where
+// no query sees a key. Of a tile that a mask cuts each vector of queries takes part with the keys that one of its
+// queries sees, in eights. Where a call has fewer than kUnits key heads, each is shared by several units, whose sums
+// are added in a fixed order; so the result does not depend on the number of threads, and at most max(kUnits, B Hkv)
+// threads find work.
 #pragma once
 
 #include <cmath>
