@@ -21,8 +21,8 @@
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
 constexpr int64_t kUnits = 8;
-// Rows of the next group that a tile asks for: six tiles ask for all of them.
-constexpr int64_t kAskedRows = 32;
+// Of keys and values, before what the next group needs.
+constexpr int64_t kUrgentAsks = 16;
 
 // Neighbouring strips of a key head, whose dV and dK are made together.
 struct Group {
@@ -37,20 +37,16 @@ struct KeySums {
   uint8_t* has;
 };
 
-// Asks for rows [begin, end) of the group's strips, counted through them: q, dout and out.
+// What the next group starts from; its unit too if it is_first there.
 template <class T>
-ALWAYS_INLINE static void prefetch_group(const AttentionArgs& a, const Group& group, int64_t begin, int64_t end) {
-  for (int64_t i = 0, first = 0; i < group.count; first += group.blocks[i].count, ++i) {
-    const QueryBlock& block = group.blocks[i];
-    const int64_t from = max_of(begin - first, 0), to = min_of(end - first, block.count);
-    if (from >= to || !block.are_even(0, block.count)) continue;
-    const View* const views[] = {&a.q, &a.dout, &a.out};
-    for (const View* view : views) {
-      Rows<const T> rows = query_row<const T>(*view, block, 0);
-      rows.row_stride = view->stride[2];
-      prefetch_rows(rows, from, to, view->size[3]);
-    }
-  }
+static void ask_for_group(const AttentionArgs& a, const Group& group, bool is_first, PrefetchWork& work) {
+  for (int64_t i = 0; i < group.count; ++i)
+    for (const View* view : {&a.q, &a.dout, &a.out}) work.add(ask_for_queries<const T>(*view, group.blocks[i]));
+  if (group.count == 0 || !is_first) return;
+  const QueryBlock& block = group.blocks[0];
+  const int64_t j0 = block.key_begin(), n = clamp(block.key_end() - j0, 0, kKeys);
+  work.add(ask_for(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, a.k.size[3]));
+  work.add(ask_for(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, a.v.size[3]));
 }
 
 // dK and dV of a block of keys from the group's tiles: for each run of keys, the columns [low, high) that see them.
@@ -83,14 +79,14 @@ static void add_to_keys(const KeyTile<T>& tile, const int64_t* low, const int64_
 
 // The strips of a group, which adds to `sums`; `following` is asked for on the way.
 template <class T>
-static void backward_group(const AttentionArgs& a, const Group& group, const Group& following, GradientScratch<T>& s,
-                           float* deltas, const KeySums& sums) {
+static void backward_group(const AttentionArgs& a, const Group& group, const Group& following, bool is_last,
+                           GradientScratch<T>& s, float* deltas, const KeySums& sums) {
   using P = Products<T>;
   const int64_t count = group.count;
   if (count == 0) return;
   const Sequence& sequence = group.blocks[0].sequence;
   const int64_t kv_head = group.blocks[0].kv_head;
-  int64_t columns = 0, key_begin = INT64_MAX, key_end = 0, asked = 0;
+  int64_t columns = 0, key_begin = INT64_MAX, key_end = 0;
   int32_t min_document = INT32_MAX, max_document = INT32_MIN;
   for (int64_t i = 0; i < count; ++i) {
     const QueryBlock& block = group.blocks[i];
@@ -100,6 +96,10 @@ static void backward_group(const AttentionArgs& a, const Group& group, const Gro
     key_begin = min_of(key_begin, block.key_begin()), key_end = max_of(key_end, block.key_end());
     min_document = min_of(min_document, block.min_document), max_document = max_of(max_document, block.max_document);
   }
+  Ask asks[kUrgentAsks + 4 * kStrips + 2];
+  PrefetchWork work(asks, kUrgentAsks);
+  ask_for_group<T>(a, following, is_last, work);
+  for (int64_t i = 0; i < count; ++i) work.add(ask_for_queries<T>(a.dq, group.blocks[i]));
   key_end = min_of(round_up(key_end, kKeyRun), sequence.T);  // whole runs, of which `has` tells
   for (int64_t j0 = key_begin, rows; j0 < key_end; j0 += rows) {
     rows = key_end - j0 <= kMaxKeys ? key_end - j0 : kKeys;
@@ -126,6 +126,8 @@ static void backward_group(const AttentionArgs& a, const Group& group, const Gro
     int64_t run_low[kMaxKeys / kKeyRun], run_high[kMaxKeys / kKeyRun];  // columns that see a run of keys
     for (int64_t run = 0; run < kMaxKeys / kKeyRun; ++run) run_low[run] = columns, run_high[run] = 0;
     const int64_t next_keys = clamp(key_end - j0 - rows, 0, kKeys);
+    work.add_first(ask_for(key_rows<const T>(a.v, sequence, kv_head, j0 + rows), next_keys, s.Dv));
+    work.add_first(ask_for(key_rows<const T>(a.k, sequence, kv_head, j0 + rows), next_keys, s.D));
     for (int64_t i = low; i <= high; ++i) {
       GradientStrip& strip = s.strips[i];
       const QueryBlock& block = group.blocks[i];
@@ -140,17 +142,11 @@ static void backward_group(const AttentionArgs& a, const Group& group, const Gro
         differentiate<T, false>(block, j0, ranges, rows, documents, tile.images, s, strip);  // zeros
         continue;
       }
-      prefetch_group<T>(a, following, asked, asked + kAskedRows);
-      asked += kAskedRows;
-      const int64_t from = next_keys * (i - low) / (high - low + 1), to = next_keys * (i - low + 1) / (high - low + 1);
-      prefetch_rows(key_rows<const T>(a.k, sequence, kv_head, j0 + rows), from, to, s.D);
-      prefetch_rows(key_rows<const T>(a.v, sequence, kv_head, j0 + rows), from, to, s.Dv);
-      if (j0 + rows >= block.key_end()) prefetch_queries<T>(a.dq, block);
-      backward_strip<T>(a, block, tile, n[i], cover[i], ranges, s, strip);
+      backward_strip<T>(a, block, tile, n[i], cover[i], ranges, s, strip, work);
     }
     add_to_keys<T>(tile, run_low, run_high, s, sums);
   }
-  prefetch_group<T>(a, following, asked, kStrips * kQueries);
+  while (!work.is_done()) work.step();
   for (int64_t i = 0; i < count; ++i) {
     const GradientStrip& strip = s.strips[i];
     if (!strip.has_dq) std::memset(strip.dq, 0, s.padded_D * kQueries * sizeof(float));
@@ -242,7 +238,7 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
       const Sequence sequence = sequence_at(a, unit / shares / Hkv);
       const KeySums sums = sums_of(unit, sequence);
       if (index == 0) std::memset(sums.has, 0, runs);
-      backward_group<T>(a, groups[current], groups[current ^ 1], s, deltas, sums);
+      backward_group<T>(a, groups[current], groups[current ^ 1], is_last, s, deltas, sums);
       if (is_last && shares == 1) write_keys(a, sequence, unit % Hkv, 0, sequence.T, 1, &sums, s);
       unit = next, index = next_index, count = next_count;
     }

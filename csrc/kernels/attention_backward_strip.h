@@ -16,6 +16,60 @@ struct KeyRange {
   bool operator==(const KeyRange& other) const { return begin == other.begin && end == other.end; }
 };
 
+// Rows of a tensor that will be needed soon.
+struct Ask {
+  const char* at;
+  int64_t bytes, stride, rows;
+};
+
+template <class T>
+static Ask ask_for(Rows<T> from, int64_t rows, int64_t cols) {
+  constexpr int64_t kSize = sizeof(T);
+  return {reinterpret_cast<const char*>(from.data), cols * kSize, from.row_stride * kSize,
+          from.col_stride == 1 && cols > 0 ? rows : 0};
+}
+
+// The rows of all lanes, where they are evenly spaced: those of one head; none else.
+template <class T>
+static Ask ask_for_queries(const View& view, const QueryBlock& block) {
+  if (!block.are_even(0, block.count)) return {};
+  Rows<T> rows = query_row<T>(view, block, 0);
+  rows.row_stride = view.stride[2];
+  return ask_for(rows, block.count, view.size[3]);
+}
+
+// Asks for rows between the steps of products, a cache line at a time: in one go they would wait for each other.
+class PrefetchWork {
+ public:
+  // `list` has room for `count` asks, and for `urgent` more before them.
+  PrefetchWork(Ask* list, int64_t urgent) : begin_(list), next_(list + urgent), end_(list + urgent) {}
+  void add(const Ask& ask) {
+    if (ask.rows > 0) *end_++ = ask;
+  }
+  // Before all others; dropped where there is no room.
+  void add_first(const Ask& ask) {
+    if (ask.rows <= 0 || next_ == begin_) return;
+    if (current_.rows > 0) *--next_ = current_;
+    current_ = ask, column_ = 0;
+  }
+  ALWAYS_INLINE bool is_done() const { return current_.rows == 0 && next_ == end_; }
+  ALWAYS_INLINE void step() {
+    if (current_.rows == 0) {
+      if (next_ == end_) return;
+      current_ = *next_++, column_ = 0;
+    }
+    __builtin_prefetch(current_.at + column_, 0, 2);
+    column_ += 64;
+    if (column_ < current_.bytes) return;
+    current_.at += current_.stride, --current_.rows, column_ = 0;
+  }
+
+ private:
+  Ask current_{};
+  int64_t column_ = 0;
+  Ask *begin_, *next_, *end_;
+};
+
 // What belongs to a strip while its key blocks pass.
 struct GradientStrip {
   float *queries, *douts, *dq;  // [D][query] or pairs [D / 2][query]; dq always [D][query]
@@ -197,18 +251,21 @@ struct KeyTile {
 // its part of dq.
 template <class T>
 static void backward_strip(const AttentionArgs& a, const QueryBlock& block, const KeyTile<T>& tile, int64_t n,
-                           Cover cover, const KeyRange* ranges, const GradientScratch<T>& s, GradientStrip& strip) {
+                           Cover cover, const KeyRange* ranges, const GradientScratch<T>& s, GradientStrip& strip,
+                           PrefetchWork& work) {
   using P = Products<T>;
   const bool plain = is_plain(a);
   for_each_run(ranges, block.width, [&](int64_t lane, int64_t width, KeyRange range) {
     const int64_t count = range.end - range.begin, at = range.begin * kQueries + lane;
     const auto keys = tile.keys.rows_from(range.begin), values = tile.values.rows_from(range.begin);
     if (plain)
-      product<Into::kSet>(count, width, P::depth(s.D), keys, strip.queries + lane, kQueries, s.scores + at, kQueries);
+      product<Into::kSet>(count, width, P::depth(s.D), keys, strip.queries + lane, kQueries, s.scores + at, kQueries,
+                          nullptr, work);
     else
       product<Into::kSetScaled>(count, width, P::depth(s.D), keys, strip.queries + lane, kQueries, s.scores + at,
-                                kQueries, s.scale);
-    product<Into::kSet>(count, width, P::depth(s.Dv), values, strip.douts + lane, kQueries, s.dprobs + at, kQueries);
+                                kQueries, s.scale, work);
+    product<Into::kSet>(count, width, P::depth(s.Dv), values, strip.douts + lane, kQueries, s.dprobs + at, kQueries,
+                        nullptr, work);
   });
   if (!plain) finish_scores(block, tile.j0, n, cover, tile.documents, tile.images, s.bias, s.scores, s.slope);
   if (a.dropout_p > 0) dropout_tile(block, tile.j0, n, s.dropout);
