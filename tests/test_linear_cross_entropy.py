@@ -235,6 +235,20 @@ def test_same_bits_at_any_number_of_threads(dtype, isa):
         assert all(same_bits(a, b) for a, b in zip(first, other, strict=True))
 
 
+def test_same_bits_again_of_the_gradient_of_weight_alone():
+    """No thread writes the gradient of logits that another still multiplies."""
+    case = Case("", 300, 20_000, 16, BF16)
+    (hidden, weight), target = case.tensors().values(), case.target()
+    weight.requires_grad_()
+
+    def run() -> list[torch.Tensor]:
+        loss = gf.linear_cross_entropy(hidden, weight, target, reduction="sum")
+        return [x for _ in range(30) for x in torch.autograd.grad(loss, weight, retain_graph=True)]
+
+    runs = [gradient for gradients in at_thread_counts(run) for gradient in gradients]
+    assert all(same_bits(gradient, runs[0]) for gradient in runs)
+
+
 def test_accumulates_into_existing_gradients():
     case = Case("", 20, 30, 10, bias=FP32)
     leaves = {name: x.requires_grad_() for name, x in case.tensors().items()}

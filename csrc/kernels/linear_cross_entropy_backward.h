@@ -95,7 +95,11 @@ class LinearBackward {
           const int64_t last = min_of(end, first + sizes.strips);
           gradient_by_team(v, rows, first, last);
           if (of_rows) take_rows_by_team(v, rows, first, last);
-          if (of_hidden) take_hidden_by_team(v, rows, first, last, begin);
+          if (of_hidden) {
+            take_hidden_by_team(v, rows, first, last, begin);
+          } else {
+#pragma omp barrier  // or a thread that is ahead would overwrite the gradient of logits
+          }
         }
       }
       if (of_hidden && needs_hidden_sums()) {
