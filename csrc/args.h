@@ -132,6 +132,11 @@ struct LinearCrossEntropyArgs {
   View grad_hidden;  // (N, E), hidden's dtype
   View grad_weight;  // (V, E), weight's dtype
   View grad_bias;    // (V) fp32
+
+  // Forward and backward in one, csrc/kernels/linear_cross_entropy_gradients.h. grad_weight is contiguous then.
+  bool keeps_in_gradient;  // logits stay in grad_weight's memory until it is written
+  uint16_t*
+      weight_sum_halves;  // (V, E), the lower halves of fp32 sums, whose upper halves stand in grad_weight; or null
 };
 
 // One call of the patch embedding: tokens (B, N, E) = conv(pixels * pixel_scale[c] + pixel_shift[c]) + bias +

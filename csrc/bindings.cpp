@@ -230,7 +230,7 @@ PYBIND11_MODULE(_C, m) {
           gpt4v_fast::kernels().linear_cross_entropy_backward(a, threads);
         });
 
-  // Forward and, for slopes nll_slope of every nll and lse_slope * lse of every lse, backward; fp32.
+  // Forward and, for slopes nll_slope of every nll and lse_slope * lse of every lse, backward.
   m.def("linear_cross_entropy_gradients",
         [](View hidden, View weight, View bias, View target, View class_weight, int64_t ignore_index,
            float label_smoothing, float softcap, View nll, View lse, View lse_low, View argmax, float nll_slope,
@@ -241,9 +241,8 @@ PYBIND11_MODULE(_C, m) {
           a.nll = nll, a.lse = lse, a.lse_low = lse_low, a.argmax = argmax;
           a.grad_hidden = grad_hidden, a.grad_weight = grad_weight, a.grad_bias = grad_bias;
           check_linear_cross_entropy(a, threads);
-          check_dtype("hidden", a.hidden, {DType::kFloat32});
-          if (grad_weight.defined && grad_weight.stride[1] != 1)
-            throw std::invalid_argument("grad_weight: expected unit stride along E");
+          if (grad_weight.defined && (grad_weight.stride[1] != 1 || grad_weight.stride[0] != grad_weight.size[1]))
+            throw std::invalid_argument("grad_weight: expected a contiguous tensor");
           py::gil_scoped_release release;
           gpt4v_fast::kernels().linear_cross_entropy_gradients(a, nll_slope, lse_slope, room, threads);
         });

@@ -1,6 +1,10 @@
 // Logits that forward leaves for backward, which then need not compute them again: as many tiles as the caller's memory
 // and the bound on extra memory hold, strip after strip of tokens.
 //
+// Where both passes are one call, the gradient of weight serves too until it is written: its rows of a tile of classes
+// keep the tile's logits of the first strips (with bf16 of nearly E tokens), for any V. Backward has turned all logits
+// of a block of classes into gradients before it writes the block's rows.
+//
 // A logit x is kept in fp32, as it is. Where products round the gradient to bf16, and so does the bias's, 2 bytes do:
 // with o the largest logit of the tile's token, q = (o - x) log2(e) 2^9, rounded, at most 65535. Backward takes
 // p = 2^((o - lse) log2(e) - q / 2^9), whose relative error is at most log(2) 2^-10 = 0.07%, a third of bf16's rounding
@@ -25,14 +29,10 @@ class KeptLogits {
   // Memory to fill, of which no more than `most` bytes are used.
   static KeptLogits to_fill(const LinearCrossEntropyArgs& a, const Strips& tokens, int64_t most) {
     const View& memory = a.kept;
-    const int64_t E = a.weight.size[1], V = a.weight.size[0];
-    // What a cap does to a rounded logit depends on the cap.
-    const bool is_rounded = a.bias.defined && a.bias.dtype != DType::kBFloat16;
-    KeptLogits kept(tokens, E, V, Operands<T>::kPairs && a.softcap == 0.0f && !is_rounded);
-    if (!memory.defined || memory.size[0] < kHeaderBytes) return kept;
-    kept.data = static_cast<char*>(memory.data);
-    kept.limit = max_of(0, min_of(memory.size[0], most) - kept.cells_begin());
-    const int64_t header[] = {kept.layout(), tokens.size, V, E, kept.limit};
+    KeptLogits kept(a, tokens, is_short_for(a));
+    if (!memory.defined || memory.size[0] < kept.cells_begin()) return kept;
+    kept.use(a, max_of(0, min_of(memory.size[0], most) - kept.cells_begin()));
+    const int64_t header[] = {kept.layout(), tokens.size, kept.classes, kept.depth, kept.limit};
     std::memcpy(kept.data, header, sizeof(header));
     if (kept.limit > 0) expect_writes(kept.data, kept.cells_begin() + min_of(kept.limit, kept.offset(tokens.count, 0)));
     return kept;
@@ -41,27 +41,45 @@ class KeptLogits {
   // What `to_fill` of a call with these tokens left; nothing if another ISA filled the memory.
   static KeptLogits filled(const LinearCrossEntropyArgs& a, const Strips& tokens) {
     const View& memory = a.kept;
-    const int64_t E = a.weight.size[1], V = a.weight.size[0];
     int64_t header[5] = {};
     if (memory.defined && memory.size[0] >= kHeaderBytes) std::memcpy(header, memory.data, sizeof(header));
-    KeptLogits kept(tokens, E, V, Operands<T>::kPairs && header[0] % 2 != 0);
-    kept.data = static_cast<char*>(memory.data);
-    const bool is_of_call = header[0] == kept.layout() && header[1] == tokens.size && header[2] == V && header[3] == E;
-    const int64_t room = memory.size[0] - kept.cells_begin();
-    if (is_of_call && header[4] > 0 && header[4] <= room) kept.limit = header[4];
+    KeptLogits kept(a, tokens, Operands<T>::kPairs && header[0] % 2 != 0);
+    const bool is_of_call =
+        header[0] == kept.layout() && header[1] == tokens.size && header[2] == kept.classes && header[3] == kept.depth;
+    if (is_of_call && header[4] >= 0 && header[4] <= memory.size[0] - kept.cells_begin()) kept.use(a, header[4]);
     return kept;
   }
 
-  // For all logits of so many tokens in fp32.
-  static int64_t bytes(int64_t count, int64_t E, int64_t V) {
-    const KeptLogits all(Strips(count), E, V, false);
+  // Extra memory for all logits of so many tokens, without a tile that is left out of the gradient (`has`).
+  static int64_t bytes(const LinearCrossEntropyArgs& a, int64_t count) {
+    const KeptLogits all(a, Strips(count), is_short_for(a));
     return all.cells_begin() + all.offset(all.tokens.count, 0);
+  }
+  // And for none.
+  static int64_t fewest_bytes(const LinearCrossEntropyArgs& a, int64_t count) {
+    return KeptLogits(a, Strips(count), false).cells_begin();
+  }
+
+  // Tokens whose logits the gradient of weight holds.
+  static int64_t tokens_in_gradient(const LinearCrossEntropyArgs& a, int64_t count) {
+    const KeptLogits all(a, Strips(count), is_short_for(a));
+    return all.tokens.begin(all.in_gradient);
   }
 
   bool is_short() const { return short_; }
+  bool uses_gradient() const { return data != nullptr && in_gradient > 0; }
 
-  // Whether the logits of strip s and the tile of classes from v on are kept.
-  bool has(int64_t s, int64_t v) const { return limit > 0 && offset(s, v / tile_rows + 1) <= limit; }
+  // Whether the logits of strip s and the tile of classes from v on are kept. The gradient has no room for those of a
+  // last tile of fewer rows.
+  bool has(int64_t s, int64_t v) const {
+    if (s < in_gradient) return data != nullptr && v + tile_rows <= classes;
+    return limit > 0 && offset(s, v / tile_rows + 1) <= limit;
+  }
+  bool has_all_of(int64_t first, int64_t last, int64_t v) const {
+    for (int64_t s = first; s < last; ++s)
+      if (!has(s, v)) return false;
+    return true;
+  }
 
   // The memory that `store` will write.
   FetchToWrite ahead(int64_t s, int64_t v) const {
@@ -106,29 +124,61 @@ class KeptLogits {
   float* label_logits(int64_t s) const { return reinterpret_cast<float*>(data + kHeaderBytes) + tokens.begin(s); }
 
   // A strip all of whose tiles are kept needs no copy of its hidden states.
-  bool has_all(int64_t s) const { return limit > 0 && offset(s, tiles) <= limit; }
-  bool has_any() const { return limit > 0; }
+  bool has_all(int64_t s) const {
+    if (s < in_gradient) return data != nullptr && classes % tile_rows == 0;
+    return limit > 0 && offset(s, tiles) <= limit;
+  }
+  bool has_any() const { return limit > 0 || uses_gradient(); }
 
  private:
   static constexpr int64_t kHeaderBytes = 64;
 
-  KeptLogits(const Strips& strips, int64_t E, int64_t V, bool is_short)
-      : tokens(strips), tile_rows(weight_rows<T>(E)), tiles(ceil_div(V, tile_rows)), short_(is_short) {}
+  KeptLogits(const LinearCrossEntropyArgs& a, const Strips& strips, bool is_short)
+      : tokens(strips),
+        classes(a.weight.size[0]),
+        depth(a.weight.size[1]),
+        tile_rows(weight_rows<T>(depth)),
+        tiles(ceil_div(classes, tile_rows)),
+        short_(is_short) {
+    if (!a.keeps_in_gradient) return;
+    const int64_t room = gradient_tile_bytes() / lane_bytes();
+    while (in_gradient < tokens.count && tokens.begin(in_gradient + 1) <= room) ++in_gradient;
+  }
+
+  // What a cap does to a rounded logit depends on the cap.
+  static bool is_short_for(const LinearCrossEntropyArgs& a) {
+    const bool is_rounded = a.bias.defined && a.bias.dtype != DType::kBFloat16;
+    return Operands<T>::kPairs && a.softcap == 0.0f && !is_rounded;
+  }
+
+  void use(const LinearCrossEntropyArgs& a, int64_t bytes) {
+    data = static_cast<char*>(a.kept.data);
+    gradient = static_cast<char*>(a.grad_weight.data);
+    limit = bytes;
+  }
 
   // A number that says how the memory is laid out, odd if rounded.
   int64_t layout() const { return ((0x6b65707400 + kLanes) * 256 + tile_rows) * 2 + short_; }
   int64_t lane_bytes() const { return short_ ? tile_rows * 2 + 4 : tile_rows * 4; }
   int64_t cells_begin() const { return kHeaderBytes + tokens.vectors * kLanes * int64_t{sizeof(float)}; }
+  int64_t gradient_tile_bytes() const { return tile_rows * depth * int64_t{sizeof(T)}; }
   int64_t offset(int64_t s, int64_t tile) const {
-    return (tokens.begin(s) * tiles + (s < tokens.count ? tokens.lanes(s) * tile : 0)) * lane_bytes();
+    const int64_t lanes = max_of(0, tokens.begin(s) - tokens.begin(in_gradient));
+    return (lanes * tiles + (s < tokens.count ? tokens.lanes(s) * tile : 0)) * lane_bytes();
   }
-  char* cell_at(int64_t s, int64_t v) const { return data + cells_begin() + offset(s, v / tile_rows); }
+  char* cell_at(int64_t s, int64_t v) const {
+    const int64_t tile = v / tile_rows;
+    if (s < in_gradient) return gradient + tile * gradient_tile_bytes() + tokens.begin(s) * lane_bytes();
+    return data + cells_begin() + offset(s, tile);
+  }
 
   const Strips tokens;
-  const int64_t tile_rows, tiles;
+  const int64_t classes, depth, tile_rows, tiles;
   const bool short_;
-  char* data = nullptr;
-  int64_t limit = 0;  // bytes of cells
+  int64_t in_gradient = 0;   // strips
+  char* data = nullptr;      // null: nothing is kept
+  char* gradient = nullptr;  // of weight, contiguous
+  int64_t limit = 0;         // bytes of cells in `data`
 };
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA::loss

@@ -43,8 +43,9 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
   const Buffer<Lanes> partial(ranges * chunk);
   const Buffer<double> range_weight(ranges);
   const bool smoothing = classes.smoothing > 0.0f;
-  const int64_t scratch_bytes = max_of(packed_floats * 4 + ranges * chunk * int64_t{sizeof(Lanes)},
-                                       BackwardSizes<T>::of(counted.count, E, V).bytes(counted.count, E));
+  const int64_t scratch_bytes =
+      max_of(packed_floats * 4 + ranges * chunk * int64_t{sizeof(Lanes)},
+             BackwardSizes<T>::of(counted.count, E, V).bytes(counted.count, E, a.keeps_in_gradient));
   const int64_t thread_bytes = thread_floats > 0 ? kThreadBytes : 0;  // however many threads there are
   const auto kept = KeptLogits<T>::to_fill(a, strips, kExtraBytes - scratch_bytes - thread_bytes);
 

@@ -31,15 +31,41 @@ static inline void expect_gradient(const View& view) {
     expect_writes(view.data, view.size[0] * view.size[1] * (view.dtype == DType::kFloat32 ? 4 : 2));
 }
 
+// Which of the parts of tokens whose gradients are added up one after the other a call is.
+struct PartOfTokens {
+  bool is_first = true, is_last = true;
+};
+
+// fp32 numbers in two halves, of which the upper is a bf16 number (csrc/args.h).
+struct Halves {
+  uint16_t *high, *low;
+
+  // to += the numbers.
+  void add_to(float* to, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t bits = uint32_t{high[i]} << 16 | low[i];
+      float value;
+      std::memcpy(&value, &bits, sizeof(value));
+      to[i] += value;
+    }
+  }
+  void store(const float* from, int64_t count) const {
+    for (int64_t i = 0; i < count; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, sizeof(bits));
+      high[i] = static_cast<uint16_t>(bits >> 16), low[i] = static_cast<uint16_t>(bits);
+    }
+  }
+};
+
 // One backward call: its scratch, and the passes over (vocabulary, tokens).
 template <class T>
 class LinearBackward {
  public:
-  // `adds`: to gradients of weight and bias that are there already, which are fp32.
   LinearBackward(const LinearCrossEntropyArgs& args, const Classes& classes_of_call, const Counted& rows, int threads,
-                 bool adds)
+                 PartOfTokens part_of_call)
       : a(args),
-        adds_to_rows(adds),
+        part(part_of_call),
         classes(classes_of_call),
         cap(args.softcap),
         counted(rows),
@@ -81,7 +107,10 @@ class LinearBackward {
 
  private:
   bool needs_hidden_sums() const { return a.grad_hidden.defined && !holds_sums(a.grad_hidden); }
-  bool needs_weight_sums() const { return !holds_sums(a.grad_weight) && sizes.strips < tokens.count; }
+  // Beside grad_weight: a chunk of tokens must leave the logits alone that it keeps for the next.
+  bool needs_weight_sums() const {
+    return sizes.strips < tokens.count && (!holds_sums(a.grad_weight) || kept.uses_gradient());
+  }
 
   // Sums the gradients of hidden (of the strips [begin, end) of tokens) or of weight and bias, or both.
   void pass(int64_t begin, int64_t end, bool of_hidden, bool of_rows) {
@@ -133,9 +162,9 @@ class LinearBackward {
       const int64_t row = task / groups * sizes.tile_rows, begin = first + task % groups * kTaskStrips;
       WeightTile<T> tile_weight(a, weight, scratch.get() + omp_get_thread_num() * thread_floats);
       const int64_t count = min_of(sizes.tile_rows, rows - row);
-      const bool computes = !kept.has(min_of(last, begin + kTaskStrips) - 1, v + row);
-      tile_weight.load(classes, v + row, count, computes);
-      for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
+      const int64_t end = min_of(last, begin + kTaskStrips);
+      tile_weight.load(classes, v + row, count, !kept.has_all_of(begin, end, v + row));
+      for (int64_t s = begin; s < end; ++s) {
         alignas(64) float own[kTileRows * kCols];
         float* tile = LogitGradient<T>::kPairs ? own : gradient.tile(s - first, row);
         const int64_t lanes = tokens.lanes(s);
@@ -212,7 +241,7 @@ class LinearBackward {
         float sum = 0.0f;
         for (int64_t s = first; s < last; ++s) sum += bias_sums[r * sizes.strips + s - first];
         float& total = at<float>(a.grad_bias, v + r);
-        total = first > 0 || adds_to_rows ? total + sum : sum;
+        total = first > 0 || !part.is_first ? total + sum : sum;
       }
     }
     if (!a.grad_weight.defined) return;
@@ -223,7 +252,8 @@ class LinearBackward {
       const int64_t feature = task % columns * kTaskStrips;
       for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f) {
         alignas(64) float tile[kTileRows * kCols];
-        FetchToWrite written = weight_rows_ahead(v, row, count, f, last);
+        Both<FetchToWrite, FetchToWrite> written{weight_rows_ahead(v, row, count, f, last),
+                                                 halves_ahead(v, row, count, f)};
         multiply_tokens(tokens, first, last, kPerStep, count, features.lanes(f) / kLanes, gradient.of_classes(0, row),
                         sizes.classes * kCols, token_columns.get() + f * sizes.token_column_floats(), tile, written);
         for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols);
@@ -239,21 +269,32 @@ class LinearBackward {
     if (a.grad_weight.stride[1] != 1) return {nullptr, 0, 0, 1};
     return {row_of<T>(a.grad_weight, v + row) + e, stride * int64_t{sizeof(T)}, count, used * int64_t{sizeof(T)}};
   }
+  FetchToWrite halves_ahead(int64_t v, int64_t row, int64_t count, int64_t f) const {
+    if (a.weight_sum_halves == nullptr) return {nullptr, 0, 0, 1};
+    return {halves_of(v + row, features.begin(f)).low, E * 2, count, features.used(f) * 2};
+  }
+
+  Halves halves_of(int64_t row, int64_t e) const {
+    return {static_cast<uint16_t*>(a.grad_weight.data) + row * E + e, a.weight_sum_halves + row * E + e};
+  }
 
   void take_weight_row(int64_t v, int64_t row, int64_t f, int64_t first, int64_t last, float* from) const {
     const int64_t e = features.begin(f), used = features.used(f);
-    if (holds_sums(a.grad_weight))
-      return add_row(from, used, first > 0 || adds_to_rows, row_of<float>(a.grad_weight, v + row) + e);
     float* sums = weight_sums.get() + row * E + e;
-    if (last < tokens.count) return add_row(from, used, first > 0, sums);
-    if (first > 0) add_row(sums, used, true, from);
+    const bool has_sums = needs_weight_sums();
+    if (has_sums && last < tokens.count) return add_row(from, used, first > 0, sums);
+    if (has_sums && first > 0) add_row(sums, used, true, from);
+    if (holds_sums(a.grad_weight))
+      return add_row(from, used, !part.is_first || (first > 0 && !has_sums), row_of<float>(a.grad_weight, v + row) + e);
+    if (!part.is_first) halves_of(v + row, e).add_to(from, used);
+    if (!part.is_last) return halves_of(v + row, e).store(from, used);
     store_row(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1], a.grad_weight.stride[1]);
   }
 
   static constexpr int64_t kPerStep = Operands<T>::kPairs ? 2 : 1;  // tokens
 
   const LinearCrossEntropyArgs& a;
-  const bool adds_to_rows;
+  const PartOfTokens part;
   const Classes& classes;
   const Cap cap;
   const Counted& counted;
@@ -274,7 +315,7 @@ class LinearBackward {
 };
 
 template <class T>
-static void linear_backward(const LinearCrossEntropyArgs& a, int threads, bool adds_to_rows = false) {
+static void linear_backward(const LinearCrossEntropyArgs& a, int threads, PartOfTokens part = {}) {
   const int64_t N = a.hidden.size[0], E = a.hidden.size[1], V = a.weight.size[0];
   const Classes classes(a, V);
   const Counted counted(a, classes, N);
@@ -284,7 +325,7 @@ static void linear_backward(const LinearCrossEntropyArgs& a, int threads, bool a
     const T nothing = from_float<T>(classes.ignored(label) ? 0.0f : kNaN);
     for (int64_t e = 0; e < E; ++e) row_of<T>(a.grad_hidden, row)[e * a.grad_hidden.stride[1]] = nothing;
   }
-  LinearBackward<T>(a, classes, counted, threads, adds_to_rows).run();
+  LinearBackward<T>(a, classes, counted, threads, part).run();
 }
 
 }  // namespace loss

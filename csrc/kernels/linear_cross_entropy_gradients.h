@@ -1,10 +1,12 @@
 // Linear cross-entropy and its gradients at once, for a loss whose slopes are known before it is: that of every token's
 // nll is one number, that of its lse another times lse (means and sums, with or without z_loss).
 //
-// So many tokens at a time that all their logits can be kept: forward, then backward, whose gradients of weight and
-// bias are added to those of the tokens before. 6 N V E flops for any N, where two calls of their own, whose kept
-// logits end with the memory for them, need up to 8. For fp32 alone: a 16-bit gradient would be rounded once for every
-// chunk, or need fp32 sums of the size of the weight.
+// The gradient of weight keeps logits until it is written (kept_logits.h), and extra memory more of them: tokens up to
+// there take 6 N V E flops. More tokens are taken in parts, forward, then backward, whose gradients of weight and bias
+// are added to those of the parts before: 6 N V E too, and the gradient of weight is read and written once more for
+// each. The sums are fp32: of a 16-bit gradient the upper halves stand in it and the lower ones in extra memory. Where
+// no more than a few tokens would make a part, all are one, and logits that are not kept are computed twice: up to
+// 8 N V E.
 #pragma once
 
 #include "kernels/linear_cross_entropy_backward.h"
@@ -12,17 +14,49 @@
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
 
-// Tokens at a time: all counted ones in equal parts, whole vectors, whose kept logits and scratch stay within `room`.
-static inline int64_t tokens_at_once(int64_t counted, int64_t E, int64_t V, int64_t thread_bytes, int64_t room) {
-  const int64_t vectors = max_of(1, ceil_div(counted, kLanes));
-  for (int64_t parts = 1;; ++parts) {
-    const int64_t tokens = ceil_div(vectors, parts) * kLanes;
-    const int64_t scratch = BackwardSizes<float>::of(tokens, E, V).bytes(tokens, E);
-    const int64_t packed = 4 * forward_strips<float>(E, Strips(tokens).count) * strip_size<float>(E);
-    const int64_t bytes = KeptLogits<float>::bytes(tokens, E, V) + max_of(scratch, packed + (4 << 20)) + thread_bytes;
-    if (bytes <= room || tokens <= kLanes) return tokens;
+// Parts of fewer tokens are slower than logits computed twice (measured: docs/tuning.md).
+template <class T>
+constexpr int64_t kFewestTokens = Operands<T>::kPairs ? 192 : 64;
+
+// How a call's counted tokens are divided.
+template <class T>
+struct PartsOfTokens {
+  int64_t first, each;  // tokens of the first part and of the others
+  bool sums_halves;     // of a 16-bit gradient
+  int64_t kept_bytes;   // for the logits of a part
+
+  // The first part that keeps all its logits is larger by what the gradient keeps.
+  static PartsOfTokens of(const LinearCrossEntropyArgs& a, int64_t counted, int64_t thread_bytes, int64_t room) {
+    const int64_t E = a.hidden.size[1], V = a.weight.size[0];
+    const int64_t left = room - thread_bytes;
+    if (bytes(a, counted) <= left) return {counted, 0, false, KeptLogits<T>::bytes(a, counted)};
+    const bool has_halves = sizeof(T) != sizeof(float) && a.grad_weight.defined;
+    const int64_t left_of_sums = left - (has_halves ? V * E * 2 : 0);
+    const int64_t in_gradient = KeptLogits<T>::tokens_in_gradient(a, counted) / kLanes;
+    const int64_t vectors = ceil_div(counted, kLanes) - in_gradient;
+    for (int64_t parts = 2; vectors > 0; ++parts) {
+      const int64_t each = ceil_div(vectors, parts) * kLanes, first = in_gradient * kLanes + each;
+      if (each < kFewestTokens<T>) break;
+      LinearCrossEntropyArgs of_others = a;
+      of_others.keeps_in_gradient = false;
+      if (max_of(bytes(a, first), bytes(of_others, each)) <= left_of_sums)
+        return {first, each, has_halves, max_of(KeptLogits<T>::bytes(a, first), KeptLogits<T>::bytes(of_others, each))};
+    }
+    const int64_t kept = left - scratch_bytes(a, counted);
+    return {counted, 0, false, max_of(kept, KeptLogits<T>::fewest_bytes(a, counted))};
   }
-}
+
+ private:
+  static int64_t bytes(const LinearCrossEntropyArgs& a, int64_t tokens) {
+    return KeptLogits<T>::bytes(a, tokens) + scratch_bytes(a, tokens);
+  }
+  static int64_t scratch_bytes(const LinearCrossEntropyArgs& a, int64_t tokens) {
+    const int64_t E = a.hidden.size[1];
+    const int64_t packed = 4 * forward_strips<T>(E, Strips(tokens).count) * strip_size<T>(E);
+    return max_of(BackwardSizes<T>::of(tokens, E, a.weight.size[0]).bytes(tokens, E, a.keeps_in_gradient),
+                  packed + (4 << 20));
+  }
+};
 
 // Rows [begin, end) of a tensor whose elements have so many bytes.
 static inline View rows_of(View view, int64_t begin, int64_t end, int64_t bytes) {
@@ -32,31 +66,35 @@ static inline View rows_of(View view, int64_t begin, int64_t end, int64_t bytes)
   return view;
 }
 
-static void linear_gradients(const LinearCrossEntropyArgs& a, float nll_slope, float lse_slope, int64_t room,
-                             int threads) {
+template <class T>
+static void linear_gradients(LinearCrossEntropyArgs a, float nll_slope, float lse_slope, int64_t room, int threads) {
   const int64_t N = a.hidden.size[0], E = a.hidden.size[1], V = a.weight.size[0];
   const Classes classes(a, V);
   const Counted counted(a, classes, N);
-  const bool copies_weight = copied_weight_floats(a, RowsOf<float>(a.weight, nullptr), 1) > 0;
-  const int64_t thread_bytes = copies_weight ? kThreadBytes : 0;
-  const int64_t at_once = tokens_at_once(counted.count, E, V, thread_bytes, min_of(room, kExtraBytes)),
-                parts = max_of(1, ceil_div(counted.count, at_once));
-  const int64_t bytes = KeptLogits<float>::bytes(min_of(at_once, counted.count), E, V);
-  const Buffer<char> kept(bytes);
+  a.keeps_in_gradient = a.grad_weight.defined;
+  const bool copies_weight = copied_weight_floats(a, RowsOf<T>(a.weight, nullptr), 1) > 0;
+  const auto parts =
+      PartsOfTokens<T>::of(a, counted.count, copies_weight ? kThreadBytes : 0, min_of(room, kExtraBytes));
+  const Buffer<char> kept(parts.kept_bytes);
+  const Buffer<uint16_t> halves(parts.sums_halves ? V * E : 0);
   const Buffer<float> slopes(2 * N);
-  for (int64_t part = 0; part < parts; ++part) {
-    const int64_t begin = part == 0 ? 0 : counted.rows[part * at_once];
-    const int64_t end = part == parts - 1 ? N : counted.rows[(part + 1) * at_once];
+  if (parts.sums_halves) a.weight_sum_halves = halves.get();
+  expect_writes(halves.get(), parts.sums_halves ? V * E * 2 : 0);
+  int64_t from = 0, to = parts.first;
+  do {
+    const PartOfTokens part{from == 0, to >= counted.count};
+    const int64_t begin = part.is_first ? 0 : counted.rows[from], end = part.is_last ? N : counted.rows[to];
     LinearCrossEntropyArgs of_part = a;
-    of_part.hidden = rows_of(a.hidden, begin, end, sizeof(float));
-    of_part.grad_hidden = rows_of(a.grad_hidden, begin, end, sizeof(float));
+    of_part.keeps_in_gradient = a.keeps_in_gradient && part.is_first;
+    of_part.hidden = rows_of(a.hidden, begin, end, sizeof(T));
+    of_part.grad_hidden = rows_of(a.grad_hidden, begin, end, sizeof(T));
     of_part.target = rows_of(a.target, begin, end, sizeof(int64_t));
     of_part.argmax = rows_of(a.argmax, begin, end, sizeof(int64_t));
     for (View LinearCrossEntropyArgs::* view :
          {&LinearCrossEntropyArgs::nll, &LinearCrossEntropyArgs::lse, &LinearCrossEntropyArgs::lse_low})
       of_part.*view = rows_of(a.*view, begin, end, sizeof(float));
-    of_part.kept = {kept.get(), DType::kUInt8, 1, true, {bytes}, {1}};
-    linear_forward<float>(of_part, threads);
+    of_part.kept = {kept.get(), DType::kUInt8, 1, true, {parts.kept_bytes}, {1}};
+    linear_forward<T>(of_part, threads);
 
     float *of_nll = slopes.get(), *of_lse = slopes.get() + N;
     for (int64_t row = 0; row < end - begin; ++row) {
@@ -65,15 +103,17 @@ static void linear_gradients(const LinearCrossEntropyArgs& a, float nll_slope, f
     }
     of_part.grad_nll = {of_nll, DType::kFloat32, 1, true, {end - begin}, {1}};
     of_part.grad_lse = {of_lse, DType::kFloat32, 1, true, {end - begin}, {1}};
-    linear_backward<float>(of_part, threads, part > 0);
-  }
+    linear_backward<T>(of_part, threads, part);
+    from = to, to += parts.each;
+  } while (from < counted.count);
 }
 
 }  // namespace loss
 
 static void linear_cross_entropy_gradients(const LinearCrossEntropyArgs& a, float nll_slope, float lse_slope,
                                            int64_t room, int threads) {
-  loss::linear_gradients(a, nll_slope, lse_slope, room, threads);
+  loss::with_float(a.hidden.dtype,
+                   [&](auto zero) { loss::linear_gradients<decltype(zero)>(a, nll_slope, lse_slope, room, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -178,12 +178,13 @@ struct BackwardSizes {
     return s;
   }
   // Scratch of a call that computes all gradients, without what threads have for themselves.
-  int64_t bytes(int64_t tokens, int64_t E) const {
+  int64_t bytes(int64_t tokens, int64_t E, bool keeps_in_gradient) const {
     const int64_t columns = Strips(E).count, all = Strips(tokens).count;
-    const bool sums = sizeof(T) != sizeof(float);
+    const bool sums_hidden = sizeof(T) != sizeof(float),
+               sums_weight = strips < all && (sums_hidden || keeps_in_gradient);
     const int64_t floats = strips * strip_size<T>(E) + (token_column_floats() + weight_column_floats()) * columns +
                            classes * strips * kCols + classes * strips +
-                           (sums ? min_of(group, all) * kCols * E + (strips < all ? classes * E : 0) : 0);
+                           (sums_hidden ? min_of(group, all) * kCols * E : 0) + (sums_weight ? classes * E : 0);
     return 4 * floats + strips * int64_t{sizeof(TokenSlopes)};
   }
   // A strip of features, of a block's classes or a chunk's tokens.

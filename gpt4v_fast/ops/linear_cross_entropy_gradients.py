@@ -17,10 +17,8 @@ from gpt4v_fast._native import _C, threads, view
 from gpt4v_fast.ops import labels, library
 from gpt4v_fast.ops.cross_entropy import LossOptions, labels_weight, look_at_labels, native_weight, row_tensors
 
-# Extra memory of a call, nearly all of it for logits, and the fewest tokens whose logits it must hold: the gradient of
-# weight is read and written once for so many, which for fewer takes longer than to compute logits twice.
+# Extra memory of a call, nearly all of it for logits. The gradient of weight itself keeps some until it is written.
 EXTRA_BYTES = 60 << 20
-FEWEST_TOKENS = 48
 
 # Between forward and backward the op keeps about as much, and then computes nothing twice either.
 KEPT_BY_OP = 56 << 20
@@ -29,14 +27,16 @@ KEPT_BY_OP = 56 << 20
 def known_slopes(arguments: tuple[Any, ...], reduction: str, z_loss: float) -> tuple[float, float] | None:
     """(a, b) for `with_gradients`: the loss has the slope a in each token's nll, and b lse in its lse.
 
-    None where the slopes are not known, where all logits can be kept between the passes or too few at once, and for
-    16-bit gradients, which would be rounded once for every part of the tokens. `arguments` are those of the op.
+    None where the slopes are not known, where all logits can be kept between the passes, and where nothing is won
+    without a gradient of weight. `arguments` are those of the op.
     """
     hidden, weight, _, target, *loss_options, shift, _ = arguments
-    if reduction == "none" or hidden.dtype != torch.float32 or not library.is_plain_with_gradient(arguments):
+    if reduction == "none" or not library.is_plain_with_gradient(arguments):
         return None
-    row_bytes = 4 * weight.shape[0]
-    if FEWEST_TOKENS * row_bytes > EXTRA_BYTES or hidden.shape[0] * row_bytes <= KEPT_BY_OP:
+    if hidden.dtype != torch.float32 and not weight.requires_grad:
+        return None
+    row_bytes = hidden.element_size() * weight.shape[0]
+    if hidden.shape[0] * row_bytes <= KEPT_BY_OP:
         return None
     options = LossOptions(*loss_options)
     target = labels.shifted(target, shift, options.ignore_index)
@@ -120,8 +120,8 @@ def _compute(
     rows = target.reshape(-1).to(torch.int64)
     nll, lse, argmax, lse_low = row_tensors(hidden.shape[0], hidden)
     gradients = [
-        torch.empty(x.shape, dtype=torch.float32) if w and x is not None else None
-        for x, w in zip((hidden, weight, bias), wanted, strict=True)
+        torch.empty(x.shape, dtype=dtype) if w and x is not None else None
+        for x, dtype, w in zip((hidden, weight, bias), (hidden.dtype, weight.dtype, torch.float32), wanted, strict=True)
     ]
     tensors = (hidden, weight, bias, rows, native_weight(options.class_weight))
     head = (*map(view, tensors), *options[1:], *map(view, (nll, lse, lse_low, argmax)), nll_slope, lse_slope)
