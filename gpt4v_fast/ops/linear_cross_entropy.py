@@ -66,7 +66,7 @@ def linear_cross_entropy(
     extra memory is at most 64 MiB beside the gradients for any N and V (on a CPU for E up to 65,536; on a GPU also
     beside some numbers per token, and without a synchronisation). Where a gradient is wanted on a CPU, as much of it as
     is free keeps logits until the backward pass, which computes the rest again; the gradients of means and sums of more
-    fp32 logits than that, in eager mode, are computed with the loss, and scaled by what arrives in the backward pass.
+    logits than that, in eager mode, are computed with the loss, and scaled by what arrives in the backward pass.
     Small problems, whose fp32 logits take at most 32 MiB, run on a GPU as products of all tokens, ignored ones too;
     `explain` says which way a call takes.
 
