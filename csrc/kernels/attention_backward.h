@@ -17,6 +17,7 @@
 #include <cmath>
 
 #include "kernels/attention_backward_strip.h"
+#include "simd/pages.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
@@ -30,11 +31,29 @@ struct Group {
   QueryBlock blocks[kStrips];
 };
 
-// The sums of dK and dV of a key head, (T, padded_D) and (T, padded_Dv) in fp32; each run of kKeyRun keys counts only
-// once `has` says so, and is unwritten memory before.
+// The sums of dK and dV over a unit in fp32, in slots of kKeys keys, (kKeys, padded_D) and (kKeys, padded_Dv). A block
+// of keys takes the next slot when it is first used, so that no memory is touched for those that no query sees (fresh
+// pages cost more than the products of a sparse mask); each run of kKeyRun keys counts only once `has` says so.
 struct KeySums {
-  float *dk, *dv;
+  float* memory;
+  int64_t dk_size, dv_size;  // of a slot
+  int64_t* taken;            // slots of `memory`; units may share it
+  int64_t* slots;            // of each block of keys; -1: none
   uint8_t* has;
+
+  // Before the rows of key j are used.
+  void take(int64_t j) const {
+    int64_t& slot = slots[j / kKeys];
+    if (slot >= 0) return;
+    int64_t next;
+#pragma omp atomic capture
+    next = (*taken)++;
+    slot = next;
+  }
+  float* dk(int64_t j) const { return memory + slots[j / kKeys] * (dk_size + dv_size) + j % kKeys * (dk_size / kKeys); }
+  float* dv(int64_t j) const {
+    return memory + slots[j / kKeys] * (dk_size + dv_size) + dk_size + j % kKeys * (dv_size / kKeys);
+  }
 };
 
 // What the next group starts from; its unit too if it is_first there.
@@ -58,16 +77,19 @@ static void add_to_keys(const KeyTile<T>& tile, const int64_t* low, const int64_
   const int64_t runs = ceil_div(tile.rows, kKeyRun);
   for (int64_t run = 0, next; run < runs; run = next) {
     next = run + 1;
-    while (next < runs && low[next] == low[run] && high[next] == high[run] && has[next] == has[run]) ++next;
+    while (next < runs && low[next] == low[run] && high[next] == high[run] && has[next] == has[run] &&
+           next % (kKeys / kKeyRun) != 0)
+      ++next;
     if (low[run] >= high[run]) continue;
     const int64_t begin = run * kKeyRun, count = min_of(next * kKeyRun, tile.rows) - begin, j = tile.j0 + begin;
     const int64_t column = low[run], depth = P::depth(high[run] - column), row = P::depth(column);
     const int64_t at = begin * s.columns() + column;
+    sums.take(j);
     const auto add = [&](auto into) {
       product<decltype(into)::value>(count, s.padded_Dv, depth, typename P::RowOperand{s.weights + at, s.columns()},
-                                     s.douts + row * s.padded_Dv, s.padded_Dv, sums.dv + j * s.padded_Dv, s.padded_Dv);
+                                     s.douts + row * s.padded_Dv, s.padded_Dv, sums.dv(j), s.padded_Dv);
       product<decltype(into)::value>(count, s.padded_D, depth, typename P::RowOperand{s.dscores + at, s.columns()},
-                                     s.queries + row * s.padded_D, s.padded_D, sums.dk + j * s.padded_D, s.padded_D);
+                                     s.queries + row * s.padded_D, s.padded_D, sums.dk(j), s.padded_D);
     };
     if (has[run])
       add(std::integral_constant<Into, Into::kAdd>{});
@@ -164,7 +186,7 @@ static void write_keys(const AttentionArgs& a, const Sequence& sequence, int64_t
     for (int64_t i = 0; i < count; ++i) to[i] += from[i];
   };
   for (int64_t j = begin; j < end; j += kKeyRun) {
-    const int64_t n = min_of(kKeyRun, end - j), k = j * s.padded_D, v = j * s.padded_Dv;
+    const int64_t n = min_of(kKeyRun, end - j);
     const KeySums* found = nullptr;
     for (int64_t share = 0; share < shares; ++share) {
       if (!sums[share].has[j / kKeyRun]) continue;
@@ -172,13 +194,13 @@ static void write_keys(const AttentionArgs& a, const Sequence& sequence, int64_t
         found = &sums[share];
         continue;
       }
-      add(sums[share].dk + k, n * s.padded_D, found->dk + k);
-      add(sums[share].dv + v, n * s.padded_Dv, found->dv + v);
+      add(sums[share].dk(j), n * s.padded_D, found->dk(j));
+      add(sums[share].dv(j), n * s.padded_Dv, found->dv(j));
     }
     const Rows<T> dk = key_rows<T>(a.dk, sequence, kv_head, j), dv = key_rows<T>(a.dv, sequence, kv_head, j);
     if (found != nullptr) {
-      unpack<T>(found->dk + k, s.padded_D, n, s.D, a.scale, dk);
-      unpack<T>(found->dv + v, s.padded_Dv, n, s.Dv, 1.0f, dv);
+      unpack<T>(found->dk(j), s.padded_D, n, s.D, a.scale, dk);
+      unpack<T>(found->dv(j), s.padded_Dv, n, s.Dv, 1.0f, dv);
     } else {  // one row of zeros again and again
       unpack<T>(s.rows, 0, n, s.D, 1.0f, dk);
       unpack<T>(s.rows, 0, n, s.Dv, 1.0f, dv);
@@ -197,14 +219,20 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
   int64_t longest = 0;
   for (int64_t b = 0; b < B; ++b) longest = max_of(longest, sequence_at(a, b).T);
   // With one unit a key head its sums are written at once, and the next unit of that thread takes their place.
-  const int64_t sums_size = longest * (sizes.padded_D + sizes.padded_Dv), runs = ceil_div(longest, kKeyRun);
-  const Buffer<float> all_sums((shares == 1 ? team : units) * sums_size);
-  const Buffer<uint8_t> all_has((shares == 1 ? team : units) * runs);
+  const int64_t places = shares == 1 ? team : units, runs = ceil_div(longest, kKeyRun),
+                blocks = ceil_div(longest, kKeys);
+  const int64_t dk_size = kKeys * sizes.padded_D, dv_size = kKeys * sizes.padded_Dv,
+                size = blocks * (dk_size + dv_size);
+  const Buffer<float> all_sums(places * size);
+  expect_writes(all_sums.get(), places * size * static_cast<int64_t>(sizeof(float)));
+  const Buffer<uint8_t> all_has(places * runs);
+  const Buffer<int64_t> all_slots(places * blocks), all_taken(places);
+  for (int64_t i = 0; i < places; ++i) all_taken[i] = 0;
   const Buffer<float> scratch(team * sizes.size);
-  const auto sums_of = [&](int64_t unit, const Sequence& sequence) {
-    const int64_t place = shares == 1 ? omp_get_thread_num() : unit;
-    float* dk = all_sums.get() + place * sums_size;
-    return KeySums{dk, dk + sequence.T * sizes.padded_D, all_has.get() + place * runs};
+  const auto sums_of = [&](int64_t unit) {
+    const int64_t place = shares == 1 ? omp_get_thread_num() : unit, owner = shares == 1 ? place : 0;
+    return KeySums{all_sums.get() + owner * size, dk_size, dv_size, &all_taken[owner], all_slots.get() + place * blocks,
+                   all_has.get() + place * runs};
   };
   // Fills the group `index` of a unit; returns how many that has, 1 if it has no queries.
   const auto get_group = [&](int64_t unit, int64_t index, Group& group) {
@@ -236,8 +264,12 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
       const int64_t next = is_last ? claim() : unit, next_index = is_last ? 0 : index + 1;
       const int64_t next_count = get_group(next, next_index, groups[current ^ 1]);
       const Sequence sequence = sequence_at(a, unit / shares / Hkv);
-      const KeySums sums = sums_of(unit, sequence);
-      if (index == 0) std::memset(sums.has, 0, runs);
+      const KeySums sums = sums_of(unit);
+      if (index == 0) {
+        std::memset(sums.has, 0, runs);
+        for (int64_t block = 0; block < blocks; ++block) sums.slots[block] = -1;
+        if (shares == 1) *sums.taken = 0;
+      }
       backward_group<T>(a, groups[current], groups[current ^ 1], is_last, s, deltas, sums);
       if (is_last && shares == 1) write_keys(a, sequence, unit % Hkv, 0, sequence.T, 1, &sums, s);
       unit = next, index = next_index, count = next_count;
@@ -246,11 +278,11 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
     if (shares > 1) {
 #pragma omp for schedule(dynamic) collapse(2)
       for (int64_t head = 0; head < B * Hkv; ++head) {
-        for (int64_t block = 0; block < ceil_div(longest, kKeys); ++block) {
+        for (int64_t block = 0; block < blocks; ++block) {
           const Sequence sequence = sequence_at(a, head / Hkv);
           const int64_t begin = block * kKeys, end = min_of(begin + kKeys, sequence.T);
           KeySums sums[kUnits];
-          for (int64_t share = 0; share < shares; ++share) sums[share] = sums_of(head * shares + share, sequence);
+          for (int64_t share = 0; share < shares; ++share) sums[share] = sums_of(head * shares + share);
           write_keys(a, sequence, head % Hkv, begin, end, shares, sums, s);
         }
       }
