@@ -18,7 +18,7 @@ constexpr int64_t kTileRows = 72;
 constexpr int64_t kDepth = 192;
 
 // Strips of columns in a task.
-constexpr int64_t kTaskStrips = 4;
+constexpr int64_t kTaskStrips = 2;
 
 // `size` lanes as strips whose widths differ by no more than a vector: 4 vectors are 2 + 2, not 3 + 1, for a product
 // of one vector's width waits for its loads.
