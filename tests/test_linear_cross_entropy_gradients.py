@@ -12,7 +12,18 @@ import torch
 from closeness import compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import BF16, EVERYTHING, FP16, FP32, IGNORED, ISAS, at_thread_counts, same_bits
+from loss_cases import (
+    BF16,
+    EVERYTHING,
+    FP16,
+    FP32,
+    IGNORED,
+    ISAS,
+    at_thread_counts,
+    measured_memory,
+    memory_is_measured,
+    same_bits,
+)
 from loss_cases import LinearCase as Case
 from loss_cases import poisoned as poisoned  # a fixture
 from random_rounding import BITS
@@ -288,6 +299,20 @@ def test_the_kernel_refuses_a_gradient_with_gaps():
     for gradient in (torch.zeros(3, 8, dtype=BF16)[:, ::2], torch.zeros(3, 8, dtype=BF16)[:, :4]):
         with pytest.raises(ValueError, match="grad_weight: expected a contiguous tensor"):
             _C.linear_cross_entropy_gradients(*head, 1.0, 0.0, None, view(gradient), None, ROOM, 1)
+
+
+MEMORY = """
+most, _, _ = peak(lambda: gf.linear_cross_entropy(hidden, weight, target).backward())
+print(most - gradients)
+"""
+
+
+@memory_is_measured
+@pytest.mark.parametrize("N, V, E", [(1800, 40_000, 200), (700, 120_000, 256), (700, 50_000, 900)])
+def test_extra_memory_is_bounded(N, V, E):
+    """As the process sees it: with halves of sums, with logits computed twice, with all logits in the gradient."""
+    (extra,) = measured_memory(MEMORY, "bfloat16", N, V, E)
+    assert extra <= 64 << 20 < 2 * N * V, f"{extra / 2**20:.1f} MiB beside the gradients"
 
 
 def test_a_loss_that_is_not_finite_is_as_ever(calls, monkeypatch):
