@@ -6,16 +6,6 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// Keys of a tile are left out in runs of so many: the rows of a register tile of AVX-512.
-constexpr int kKeyRun = 8;
-static_assert(kKeys % kKeyRun == 0);
-
-// Keys [begin, end) of a tile, begin and unless it is the tile's also end a multiple of kKeyRun.
-struct KeyRange {
-  int64_t begin, end;
-  bool operator==(const KeyRange& other) const { return begin == other.begin && end == other.end; }
-};
-
 // Rows of a tensor that will be needed soon.
 struct Ask {
   const char* at;
@@ -167,15 +157,9 @@ static void tile_ranges(const QueryBlock& block, const GradientStrip& strip, Cov
                         const KeyIds& documents, KeyRange* ranges) {
   for (int64_t v = 0; v < block.width / kLanes; ++v) {
     ranges[v] = {0, cover == Cover::kNone ? 0 : n};
-    if (cover != Cover::kPart) continue;
-    int64_t begin = clamp(strip.first[v] - j0, 0, n), end = clamp(strip.last[v] + 1 - j0, 0, n);
-    const auto is_other = [&](int64_t c) {
-      return documents[c] < strip.min_document[v] || documents[c] > strip.max_document[v];
-    };
-    while (documents.data != nullptr && begin < end && is_other(begin)) ++begin;
-    while (documents.data != nullptr && begin < end && is_other(end - 1)) --end;
-    ranges[v] = {begin / kKeyRun * kKeyRun, min_of(round_up(end, kKeyRun), n)};
-    if (begin >= end) ranges[v] = {0, 0};
+    if (cover == Cover::kPart)
+      ranges[v] = seen_keys(n, strip.first[v] - j0, strip.last[v] - j0, documents, strip.min_document[v],
+                            strip.max_document[v]);
   }
 }
 

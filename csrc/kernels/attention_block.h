@@ -172,12 +172,27 @@ struct KeyIds {
       : data(ids.defined ? static_cast<const int32_t*>(ids.data) + sequence.b * ids.stride[0] + j0 * ids.stride[1]
                          : nullptr),
         stride(ids.stride[1]) {
-    for (int64_t c = 0; data != nullptr && c < n; ++c) {
-      const int32_t id = data[c * stride];
-      has_negative |= id < 0;
-      if (id >= 0 && id < low) low = id;
-      if (id > high) high = id;
+    if (data == nullptr) return;
+    int32_t least = INT32_MAX, largest = INT32_MIN;
+    uint32_t least_unsigned = INT32_MAX;  // negative ids are larger than all others
+    if (stride == 1) {
+#pragma omp simd reduction(min : least, least_unsigned) reduction(max : largest)
+      for (int64_t c = 0; c < n; ++c) {
+        const int32_t id = data[c];
+        const uint32_t id_unsigned = static_cast<uint32_t>(id);
+        least = id < least ? id : least;
+        largest = id > largest ? id : largest;
+        least_unsigned = id_unsigned < least_unsigned ? id_unsigned : least_unsigned;
+      }
+    } else {
+      for (int64_t c = 0; c < n; ++c) {
+        const int32_t id = data[c * stride];
+        least = min_of(id, least), largest = max_of(id, largest);
+        if (id >= 0) least_unsigned = min_of(id, least_unsigned);
+      }
     }
+    has_negative = least < 0;
+    low = static_cast<int32_t>(least_unsigned), high = largest;
   }
   int32_t operator[](int64_t c) const { return data[c * stride]; }
   KeyIds from(int64_t c) const {
@@ -186,6 +201,28 @@ struct KeyIds {
     return ids;
   }
 };
+
+// Keys of a tile are left out in runs of so many: the rows of a register tile of AVX-512.
+constexpr int kKeyRun = 8;
+static_assert(kKeys % kKeyRun == 0);
+
+// Keys [begin, end) of a tile, begin and unless it is the tile's also end a multiple of kKeyRun.
+struct KeyRange {
+  int64_t begin, end;
+  bool operator==(const KeyRange& other) const { return begin == other.begin && end == other.end; }
+};
+
+// Of the n keys of a tile that is cut, those that queries may see whose keys are [first, last] of it and whose
+// documents are [low, high]; both ends 0 where there are none.
+static inline KeyRange seen_keys(int64_t n, int64_t first, int64_t last, const KeyIds& documents, int32_t low,
+                                 int32_t high) {
+  int64_t begin = clamp(first, 0, n), end = clamp(last + 1, 0, n);
+  const auto is_other = [&](int64_t c) { return documents[c] < low || documents[c] > high; };
+  while (documents.data != nullptr && begin < end && is_other(begin)) ++begin;
+  while (documents.data != nullptr && begin < end && is_other(end - 1)) --end;
+  if (begin >= end) return {0, 0};
+  return {begin / kKeyRun * kKeyRun, min_of(round_up(end, kKeyRun), n)};
+}
 
 // What keys [j0, j0 + n) are to the block: seen by none of its rows, by some, or all by all.
 static Cover cover_of(const QueryBlock& block, int64_t j0, int64_t n, const KeyIds& documents, const KeyIds& images) {

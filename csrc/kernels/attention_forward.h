@@ -237,6 +237,10 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
       const int64_t block_n = min_of(block_keys, block.key_end() - j0), width = block.width;
       const Cover cover = block_n <= 0 ? Cover::kNone : cover_of(block, j0, block_n, documents, images);
       if (cover == Cover::kNone) continue;
+      const KeyRange seen = cover != Cover::kPart ? KeyRange{0, block_n}
+                                                  : seen_keys(block_n, block.min_first - j0, block.max_last - j0,
+                                                              documents, block.min_document, block.max_document);
+      if (seen.end == 0) continue;
       if (!is_prepared) {
         keys = P::rows_of(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), block_keys, D, s.keys, s.padded_D);
         values = P::columns_of(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), block_keys, Dv,
@@ -246,9 +250,7 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
       start(i);
       prefetch(i);
       float *scores = s.scores[tile], *alpha = s.alpha[tile];
-      // Keys before those that anybody sees.
-      const int64_t skipped = cover == Cover::kPart ? clamp(block.min_first - j0, 0, block_n) / 8 * 8 : 0;
-      const int64_t j = j0 + skipped, n = block_n - skipped;
+      const int64_t skipped = seen.begin, j = j0 + skipped, n = seen.end - skipped;
       const TileKeys tile_keys = cover == Cover::kPart ? TileKeys(block, j, n) : TileKeys(n);
       copy_lanes(strip.maximum, s.largest);
       if (kPlain && cover == Cover::kWhole) {
