@@ -135,8 +135,8 @@ struct LinearCrossEntropyArgs {
 
   // Forward and backward in one, csrc/kernels/linear_cross_entropy_gradients.h. grad_weight is contiguous then.
   bool keeps_in_gradient;  // logits stay in grad_weight's memory until it is written
-  uint16_t*
-      weight_sum_halves;  // (V, E), the lower halves of fp32 sums, whose upper halves stand in grad_weight; or null
+  // (V, E), the lower halves of fp32 sums, whose upper halves stand in grad_weight; or null.
+  uint16_t* weight_sum_halves;
 };
 
 // One call of the patch embedding: tokens (B, N, E) = conv(pixels * pixel_scale[c] + pixel_shift[c]) + bias +

@@ -14,6 +14,7 @@ from closeness import compare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from random_rounding import BITS, held
+from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
@@ -316,7 +317,7 @@ def test_opcheck(name):
     case = next(case for case in CASES if case.name == name)
     tensors = case.tensors()
     arguments = prepare(**tensors, causal=True)
-    torch.library.opcheck(
+    torch_library.opcheck(
         torch.ops.gpt4v_fast.attention_kvcache.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
 

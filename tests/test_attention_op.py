@@ -9,6 +9,7 @@ import pytest
 import torch
 from attention_cases import BF16, FP32, ISAS, Case, causal, everything
 from attention_cases import poisoned as poisoned  # a fixture
+from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
@@ -29,7 +30,7 @@ def test_opcheck(case):
     tensors = {name: x.requires_grad_(name in case.gradients) for name, x in case.tensors().items()}
     options = case.options()
     options.pop("return_lse")
-    torch.library.opcheck(OPS.attention.default, prepare(**tensors, **options))
+    torch_library.opcheck(OPS.attention.default, prepare(**tensors, **options))
 
 
 @pytest.mark.parametrize("case", REGISTERED, ids=lambda case: case.name)
@@ -40,7 +41,7 @@ def test_opcheck_of_the_backward(case):
     out, lse = OPS.attention(*arguments)
     for dlse in (None, torch.ones_like(lse)):
         tensors = (torch.ones_like(out), dlse, out, lse)
-        torch.library.opcheck(OPS.attention_backward.default, (*tensors, *arguments, "bias" in case.gradients))
+        torch_library.opcheck(OPS.attention_backward.default, (*tensors, *arguments, "bias" in case.gradients))
 
 
 @pytest.mark.parametrize("case", REGISTERED, ids=lambda case: case.name)

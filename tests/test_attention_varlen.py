@@ -13,6 +13,7 @@ from attention_cases import poisoned as poisoned  # a fixture
 from closeness import compare
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
@@ -220,7 +221,7 @@ def test_opcheck(case):
     tensors = {name: x.requires_grad_(name != "alibi_slopes") for name, x in case.tensors().items()}
     starts_q, starts_k = case.starts()
     arguments = prepare(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **tensors, **dict(case.options))
-    torch.library.opcheck(torch.ops.gpt4v_fast.attention_varlen.default, arguments)
+    torch_library.opcheck(torch.ops.gpt4v_fast.attention_varlen.default, arguments)
 
 
 @pytest.mark.parametrize("case", OPCHECKED, ids=lambda case: case.name)
@@ -229,7 +230,7 @@ def test_opcheck_of_the_backward(case):
     arguments = prepare(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **case.tensors(), **dict(case.options))
     out, lse = torch.ops.gpt4v_fast.attention_varlen(*arguments)
     saved = (torch.ones_like(out), None, out, lse, *arguments[:5], *arguments[7:])
-    torch.library.opcheck(torch.ops.gpt4v_fast.attention_varlen_backward.default, saved)
+    torch_library.opcheck(torch.ops.gpt4v_fast.attention_varlen_backward.default, saved)
 
 
 def test_compiles_without_a_graph_break():

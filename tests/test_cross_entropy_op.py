@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from loss_cases import BF16, FP32, IGNORED, class_weights, make_labels
+from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
@@ -70,10 +71,10 @@ def test_explain_and_strict():
 def test_opcheck(dtype, weighted):
     logits, target = torch.randn(6, 11, dtype=dtype), make_labels(6, 11, 0.3)
     options = (class_weights(11) if weighted else None, IGNORED, 0.1, 3.0)
-    torch.library.opcheck(OPS.cross_entropy.default, (logits.requires_grad_(), target, *options, False))
+    torch_library.opcheck(OPS.cross_entropy.default, (logits.requires_grad_(), target, *options, False))
     nll, lse, _, low = OPS.cross_entropy(logits.detach(), target, *options, False)
     arguments = (torch.ones_like(nll), torch.ones_like(lse), logits.detach(), target, lse, low, *options)
-    torch.library.opcheck(OPS.cross_entropy_backward.default, arguments)
+    torch_library.opcheck(OPS.cross_entropy_backward.default, arguments)
 
 
 def test_gradcheck_of_the_oracle():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from loss_cases import BF16, EVERYTHING, FP32, IGNORED, class_weights, make_labels
 from loss_cases import LinearCase as Case
+from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
@@ -80,13 +81,13 @@ def test_opcheck(everything, shift):
     options = case.options()
     tensors = {name: x.requires_grad_() for name, x in case.tensors().items()}
     arguments = prepare(target=case.target(), shift=shift, **tensors, **options)
-    torch.library.opcheck(OPS.linear_cross_entropy.default, arguments)
+    torch_library.opcheck(OPS.linear_cross_entropy.default, arguments)
     detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
     nll, lse, _, low, kept = OPS.linear_cross_entropy(*detached)
     hidden, weight, bias, target, *rest, _ = detached
     upstream = torch.ones_like(nll), torch.ones_like(lse)
     backward = (*upstream, hidden, weight, bias, target, lse, low, kept, *rest, True, True, bias is not None)
-    torch.library.opcheck(OPS.linear_cross_entropy_backward.default, backward)
+    torch_library.opcheck(OPS.linear_cross_entropy_backward.default, backward)
 
 
 def test_gradcheck_of_the_oracle():

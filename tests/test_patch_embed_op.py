@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from patch_cases import BF16, CASES, FP16, FP32, UINT8, Case, in_torch
+from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import _cuda_launcher, backends, reference
@@ -32,11 +33,11 @@ REGISTERED = [
 def test_opcheck(case):
     tensors = {name: x.requires_grad_(name in case.gradients) for name, x in case.tensors().items()}
     arguments = prepare(**tensors, **case.options(), out_dtype=case.out_dtype)
-    torch.library.opcheck(OPS.patch_embed.default, arguments)
+    torch_library.opcheck(OPS.patch_embed.default, arguments)
     pixels, weight, _, scale, shift, *_ = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
     grad = torch.ones(case.B, case.N, case.E, dtype=arguments[-1])
     for needs_pixels in {False, case.pixels != UINT8}:
-        torch.library.opcheck(
+        torch_library.opcheck(
             OPS.patch_embed_backward.default, (grad, pixels, weight, scale, shift, True, needs_pixels)
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import library as torch_library
 
 import gpt4v_fast as gf
 
@@ -253,6 +254,6 @@ def registered(group: Any) -> None:
     arguments = linear_cross_entropy.prepare(
         hidden.requires_grad_(), weight.requires_grad_(), target, None, *numbers, process_group=group
     )
-    torch.library.opcheck(ops.sharded_linear_cross_entropy.default, arguments, test_utils=tests)
+    torch_library.opcheck(ops.sharded_linear_cross_entropy.default, arguments, test_utils=tests)
     arguments = cross_entropy.prepare(hidden, target % 8, *numbers, process_group=group)
-    torch.library.opcheck(ops.sharded_cross_entropy.default, arguments, test_utils=tests)
+    torch_library.opcheck(ops.sharded_cross_entropy.default, arguments, test_utils=tests)

@@ -1,1 +1,1 @@
-"""The ops: each validates its arguments, calls its torch.library op, and that asks backends.pick for a kernel."""
+"""The ops: each validates its arguments, calls its torch op, and that asks backends.pick for a kernel."""

@@ -330,7 +330,7 @@ def _autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused:
     *options, inplace = ctx.scalars
     arguments = (grad_nll, grad_lse, logits, target, lse, lse_low, class_weight, *options)
     if inplace and _can_be_overwritten(logits):
-        # No op of torch.library may return its argument.
+        # No registered op may return its argument.
         gradient = _cross_entropy_backward(*arguments, out=logits.detach())
         torch.autograd.graph.increment_version(logits)
     else:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import library as torch_library
 
 from gpt4v_fast._native import _C
 
 NAMESPACE = "gpt4v_fast"
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_LIBRARY = torch_library.Library(NAMESPACE, "DEF")
 
 
 def define_op(
@@ -28,14 +29,14 @@ def define_op(
     What it returns calls the op where somebody traces or watches. Plain CPU tensors in eager mode go to
     `implementation` at once, because the dispatcher would add nothing but its time, which is that of a small attention.
     Where a gradient is wanted that, or the op, is called within a torch.autograd.Function: under torch.func's
-    transforms (grad, vjp, jacrev, vmap, ...), which ops of `torch.library.register_autograd` do not serve, and in eager
+    transforms (grad, vjp, jacrev, vmap, ...), which ops of torch's `register_autograd` do not serve, and in eager
     mode, where that takes several times as long. vmap calls the op once per element.
 
     Args:
         schema: the op's name and signature in torch's schema language.
         implementation: runs on real tensors of any device; it asks `backends.pick` which kernel serves the call.
         fake: returns empty outputs of the right shape, dtype and device for meta tensors.
-        setup_context, backward: as for `torch.library.register_autograd`; an op without them is not differentiable.
+        setup_context, backward: as for torch's `register_autograd`; an op without them is not differentiable.
         gradient_of: this op computes the gradient of the public function of that name, and has none itself:
             differentiating it is refused by a RuntimeError that says so.
     """
@@ -43,7 +44,7 @@ def define_op(
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     qualified = f"{NAMESPACE}::{name}"
-    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    torch_library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name)
     if gradient_of is not None:
         refuse = _refusal(gradient_of)
@@ -52,7 +53,7 @@ def define_op(
     if backward is None:
         return _plain_first(name, implementation, op, None, None)
     setup_context = setup_context or _save_nothing
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
+    torch_library.register_autograd(qualified, backward, setup_context=setup_context, lib=_LIBRARY)
     watched = _with_function(name, op, setup_context, backward, differentiable=True)
     return _plain_first(name, implementation, watched, setup_context, backward)
 
@@ -148,7 +149,7 @@ def _with_function(
         if not _transforms_active():
             if not torch.is_grad_enabled() or not any(map(_needs_gradient, args)):
                 return op(*args)
-            # Only who traces needs what torch.library would record, in several times the time of a Function.
+            # Only who traces needs what a registered op would record, in several times the time of a Function.
             if differentiable and (torch.compiler.is_compiling() or _is_traced()):
                 return op(*args)
         elif torch.compiler.is_compiling():
