@@ -15,6 +15,7 @@ from gpt4v_fast._native import _C, view
 
 UNITS = {"fma": "GFLOP/s", "dot_bf16": "GFLOP/s", "read": "GB/s"}
 READ_BYTES = 256 * 2**20  # several times a last-level cache
+HANDOFF_S = 5e-4
 
 
 class Peaks:
@@ -37,6 +38,14 @@ class Peaks:
             raise ValueError(f"bound: expected one of {', '.join(UNITS)}, got {bound!r}")
         function = {"fma": _C.peak_fma, "dot_bf16": _C.peak_dot_bf16}[bound]
         return lambda: function(self.threads, self.seconds)
+
+    def handoff_ns(self) -> float:
+        """Nanoseconds until one of two threads sees what the other has written; 0 on one thread.
+
+        Cores of one chiplet pass a line on in some 25 ns, cores of different chiplets or sockets in 200 and more, and a
+        virtual machine's cores may be either from one second to the next.
+        """
+        return _C.handoff(min(self.seconds, HANDOFF_S)) if self.threads > 1 else 0.0
 
     def measure_all(self, repeats: int = 5) -> dict[str, float]:
         """The best of some repeats of every probe: what an undisturbed moment of this machine reaches."""

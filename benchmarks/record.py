@@ -181,6 +181,14 @@ def _ms(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e3, 6)
 
 
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    """The median and the ends; none where nothing was measured."""
+    if not any(values):
+        return None
+    ordered = sorted(values)
+    return {"median": ordered[len(ordered) // 2], "least": ordered[0], "most": ordered[-1]}
+
+
 def result(case: Case, unit: str, measured: Measurement, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A case's part of the record, with our standing against the fastest peer."""
     timed = [row for row in rows if row["status"] == "timed"]
@@ -203,6 +211,7 @@ def result(case: Case, unit: str, measured: Measurement, rows: Sequence[dict[str
             "least": min(probes, default=None),
             "most": max(probes, default=None),
         },
+        "handoff_ns": _spread(measured.handoffs_ns),
         "point": None if case.point is None else case.point._asdict(),
         "contenders": list(rows),
         "best_peer": best["name"] if best else None,

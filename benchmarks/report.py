@@ -28,6 +28,8 @@ def case_text(result: Mapping[str, Any]) -> str:
     head = f"{result['op']} {result['case']} {result['dtype']} {result['direction']}  ({shape})"
     if peak is not None:
         head += f"  peak {peak:.0f} {result['unit']}"
+    if (apart := result.get("handoff_ns")) is not None:  # not in older records
+        head += f", cores {apart['median']:.0f} ns apart ({apart['least']:.0f} to {apart['most']:.0f})"
     return "\n".join([head, *(f"  {line}" for line in _rows(result)), f"  => {standing(result)}"])
 
 

@@ -148,7 +148,9 @@ def run_case(
             runs[contender.name] = run
     measured = timing.Measurement({}, ())
     if runs:
-        measured = timing.measure(runs, peaks.probe(case.bound), settings, on_sample=progress.sample)
+        measured = timing.measure(
+            runs, peaks.probe(case.bound), settings, handoff_ns=peaks.handoff_ns, on_sample=progress.sample
+        )
     for name, taken in measured.timings.items():
         rows[name] |= record.timing_fields(taken, case.work, measured.peak)
         if not taken.samples_s:

@@ -49,10 +49,12 @@ class Timing:
 
 @dataclass(frozen=True)
 class Measurement:
-    """All timings of a case, and the median and spread of the probes around the samples that counted."""
+    """All timings of a case, the probes around the samples that counted, and after each of them how far apart the
+    threads' cores were (peaks.py)."""
 
     timings: dict[str, Timing]
     probes: tuple[float, ...]
+    handoffs_ns: tuple[float, ...] = ()
 
     @property
     def peak(self) -> float | None:
@@ -91,6 +93,7 @@ def measure(
     probe: Callable[[], float],
     settings: Settings,
     *,
+    handoff_ns: Callable[[], float] = lambda: 0.0,
     clock: Callable[[], float] = time.perf_counter,
     on_sample: Callable[[str, bool], None] = lambda name, counted: None,
 ) -> Measurement:
@@ -99,6 +102,7 @@ def measure(
     Args:
         runs: contenders by name; each has been called before (its caches are warm).
         probe: measures the machine's peak; its value's unit does not matter here.
+        handoff_ns: measures how far apart the threads' cores are.
         on_sample: told after each sample whose it was and whether it counted.
     """
     names = list(runs)
@@ -106,6 +110,7 @@ def measure(
     samples: dict[str, list[float]] = {name: [] for name in names}
     dropped = dict.fromkeys(names, 0)
     probes: list[float] = []
+    handoffs: list[float] = []
     before = probe()
     for turn in range(max(settings.rounds, settings.max_rounds)):
         if turn >= settings.rounds and all(len(samples[name]) >= settings.rounds for name in names):
@@ -118,12 +123,13 @@ def measure(
             if counted:
                 samples[name].append(elapsed / calls[name])
                 probes += [before, after]
+                handoffs.append(handoff_ns())
             else:
                 dropped[name] += 1
             before = after
             on_sample(name, counted)
     timings = {name: Timing(tuple(samples[name]), dropped[name], calls[name]) for name in names}
-    return Measurement(timings, tuple(probes))
+    return Measurement(timings, tuple(probes), tuple(handoffs))
 
 
 @contextlib.contextmanager

@@ -180,6 +180,14 @@ PYBIND11_MODULE(_C, m) {
         return gpt4v_fast::kernels().peak_read(static_cast<const float*>(data.data), data.size[0], threads, seconds);
       },
       py::arg("data"), py::arg("threads"), py::arg("seconds"));
+  m.def(
+      "handoff",
+      [](double seconds) {
+        check_probe(2, seconds);
+        py::gil_scoped_release release;
+        return gpt4v_fast::kernels().handoff(seconds);
+      },
+      py::arg("seconds"));
 
   bind_attention(m);
   m.def("cross_entropy_forward",

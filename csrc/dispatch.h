@@ -30,6 +30,7 @@ struct Kernels {
   double (*peak_fma)(int threads, double seconds);
   double (*peak_dot_bf16)(int threads, double seconds);
   double (*peak_read)(const float* data, int64_t count, int threads, double seconds);
+  double (*handoff)(double seconds);  // nanoseconds between two threads
 };
 
 // The ISAs this binary holds, slowest first.

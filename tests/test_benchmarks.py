@@ -14,7 +14,7 @@ import torch
 import gpt4v_fast as gf
 from gpt4v_fast import backends
 from gpt4v_fast._native import _C, view
-from gpt4v_fast.benchmarks import attention, check, curves, loss, peaks, registry, runner, timing
+from gpt4v_fast.benchmarks import attention, check, curves, loss, peaks, record, registry, runner, timing
 from gpt4v_fast.benchmarks.registry import Expected, Unavailable
 
 ALL = [*registry.cases(), *registry.cases(part="quick")]
@@ -196,6 +196,15 @@ class TestTiming:
         assert taken.quantile_s(0.2) == 2.0 and taken.quantile_s(0.8) == 5.0
         assert timing.Timing((), 4, 1).median_s is None
 
+    def test_the_cores_are_looked_at_once_for_each_sample_that_counts(self):
+        apart = iter([25.0, 200.0, 26.0])
+        measured = timing.measure(
+            {"a": lambda: None}, lambda: 100.0, timing.Settings(rounds=3, max_rounds=3), handoff_ns=lambda: next(apart)
+        )
+        assert measured.handoffs_ns == (25.0, 200.0, 26.0)
+        assert record._spread(measured.handoffs_ns) == {"median": 26.0, "least": 25.0, "most": 200.0}
+        assert record._spread((0.0, 0.0)) is None
+
     def test_short_calls_are_repeated(self):
         machine = Machine({"a": 0.001})
         measured = machine.measure(min_sample_s=0.02)
@@ -331,6 +340,13 @@ class TestPeaks:
             measured = peaks.Peaks(threads, 0.0005, read_bytes=2**21).measure_all(repeats=1)
         assert set(measured) == set(peaks.UNITS)
         assert all(math.isfinite(value) and value > 0 for value in measured.values())
+
+    @pytest.mark.parametrize("isa", backends.available_isas())
+    def test_two_threads_are_some_way_apart_and_one_is_not(self, isa):
+        with gf.force(isa=isa):
+            apart = peaks.Peaks(2, 0.0005).handoff_ns()
+        assert math.isfinite(apart) and apart > 0
+        assert peaks.Peaks(1, 0.0005).handoff_ns() == 0
 
     def test_an_unknown_bound_is_refused(self):
         with pytest.raises(ValueError, match="bound: expected one of fma, dot_bf16, read, got 'luck'"):

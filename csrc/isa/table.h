@@ -33,6 +33,7 @@ const Kernels& table() {
       peak_fma,
       peak_dot_bf16,
       peak_read,
+      handoff,
   };
   return kTable;
 }

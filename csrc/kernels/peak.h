@@ -1,6 +1,6 @@
 // What this processor can do at best, for benchmarks to divide by: probes that do nothing but the instruction
 // that bounds a kernel. Each runs on `threads` threads for `seconds` and returns the sum of the threads' own
-// rates.
+// rates. And how far apart two threads are.
 #pragma once
 
 #include <omp.h>
@@ -117,6 +117,38 @@ static double peak_read(const float* data, int64_t count, int threads, double se
            peak::read_block(data + block * kPeakReadFloats, kPeakReadFloats);
            return static_cast<double>(kPeakReadFloats * sizeof(float));
          });
+}
+
+// Nanoseconds until one of two threads sees what the other has written, the mean over `seconds`: how far apart their
+// cores are. 0 where the system gives no second thread.
+static double handoff(double seconds) {
+  double result = 0.0;
+  enum : int { kMine, kYours, kOver };
+  alignas(64) int turn = kMine;
+#pragma omp parallel num_threads(2)
+  if (omp_get_num_threads() == 2) {
+    if (omp_get_thread_num() == 0) {
+      constexpr int kRounds = 16;  // per look at the clock
+      const double start = omp_get_wtime();
+      double elapsed = 0.0;
+      int64_t rounds = 0;
+      do {
+        for (int i = 0; i < kRounds; ++i) {
+          __atomic_store_n(&turn, kYours, __ATOMIC_RELEASE);
+          while (__atomic_load_n(&turn, __ATOMIC_ACQUIRE) != kMine) {
+          }
+        }
+        rounds += kRounds;
+        elapsed = omp_get_wtime() - start;
+      } while (elapsed < seconds);
+      result = 1e9 * elapsed / static_cast<double>(2 * rounds);
+      __atomic_store_n(&turn, kOver, __ATOMIC_RELEASE);
+    } else {
+      for (int now = kMine; now != kOver; now = __atomic_load_n(&turn, __ATOMIC_ACQUIRE))
+        if (now == kYours) __atomic_store_n(&turn, kMine, __ATOMIC_RELEASE);
+    }
+  }
+  return result;
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA
