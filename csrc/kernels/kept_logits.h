@@ -111,6 +111,18 @@ class KeptLogits {
   // The memory of a tile, or null where it is not kept.
   const char* memory(int64_t s, int64_t v) const { return s < tokens.count && has(s, v) ? cell_at(s, v) : nullptr; }
 
+  // Calls add(data, bytes) for the pieces of memory that hold the logits of strips [first, last) and tiles [begin,
+  // end).
+  template <class Add>
+  void for_memory(int64_t first, int64_t last, int64_t begin, int64_t end, Add add) const {
+    const int64_t inside = data == nullptr ? 0 : min_of(last, in_gradient);
+    for (int64_t tile = begin; first < inside && tile < end; ++tile)
+      if (has(first, tile * tile_rows))
+        add(cell_at(first, tile * tile_rows), (tokens.begin(inside) - tokens.begin(first)) * lane_bytes());
+    for (int64_t s = max_of(first, in_gradient); limit > 0 && s < last; ++s)
+      add(data + cells_begin() + offset(s, begin), min_of(offset(s, end), limit) - offset(s, begin));
+  }
+
   // The tile's logits (fp32), [class][lanes of the strip].
   const float* logits(int64_t s, int64_t v) const { return reinterpret_cast<const float*>(cell_at(s, v)); }
 

@@ -2,16 +2,18 @@
 // gradient.
 //
 // For a block of classes and a chunk of the counted tokens: the gradient G of their logits, at most 4 MiB, then
-// grad_weight += G H and grad_hidden += G^T W, each shared out by rows of its result. The outer loop is the
-// vocabulary's. Tokens that are a single chunk give grad_weight whole, a tile of it at a time in first-level cache;
-// else fp32 sums of it are kept for a block of classes. Those of hidden's are kept for all tokens, or, where a 16-bit
-// gradient of many tokens would need more than kHiddenSumBytes of fp32 sums, for groups of tokens, with another pass
-// over everything for the weight. 6 N V E flops with
-// forward's where all logits were kept, 8 where none were (10 with the second pass).
+// grad_weight += G H and grad_hidden += G^T W. A thread makes the rows of G whose grad_weight it computes, and adds up
+// the same features of grad_hidden in every block (team_tasks.h); what others have written of G and W is fetched during
+// the product with H, and what the next block starts with during the one with W. The outer loop is the vocabulary's.
+// Tokens that are a single chunk give grad_weight whole, a tile of it at a time in first-level cache; else fp32 sums of
+// it are kept for a block of classes. Those of hidden's are kept for all tokens, or, where a 16-bit gradient of many
+// tokens would need more than kHiddenSumBytes of fp32 sums, for groups of tokens, with another pass over everything for
+// the weight. 6 N V E flops with forward's where all logits were kept, 8 where none were (10 with the second pass).
 #pragma once
 
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/loss_gradient.h"
+#include "kernels/team_tasks.h"
 #include "simd/pages.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
@@ -79,6 +81,7 @@ class LinearBackward {
         sizes(BackwardSizes<T>::of(rows.count, E, V)),
         thread_floats(copied_weight_floats(args, weight, sizes.tile_rows)),
         team(team_size(threads, thread_floats)),
+        tasks(team),
         scratch(team * thread_floats),
         token_lanes(sizes.strips * strip_size<T>(E)),
         token_columns(args.grad_weight.defined ? sizes.token_column_floats() * features.count : 0),
@@ -116,19 +119,18 @@ class LinearBackward {
   void pass(int64_t begin, int64_t end, bool of_hidden, bool of_rows) {
 #pragma omp parallel num_threads(team)
     {
+      TeamTasks::Round round;
       for (int64_t v = 0; v < V; v += sizes.classes) {
         const int64_t rows = min_of(sizes.classes, V - v);
         if (of_hidden)
           pack_columns_by_team(weight, v, rows, rows, features, sizes.weight_column_floats(), weight_columns.get());
         for (int64_t first = begin; first < end; first += sizes.strips) {
           const int64_t last = min_of(end, first + sizes.strips);
-          gradient_by_team(v, rows, first, last);
-          if (of_rows) take_rows_by_team(v, rows, first, last);
-          if (of_hidden) {
-            take_hidden_by_team(v, rows, first, last, begin);
-          } else {
-#pragma omp barrier  // or a thread that is ahead would overwrite the gradient of logits
-          }
+          gradient_by_team(v, rows, first, last, round);
+#pragma omp barrier
+          if (of_rows) take_rows_by_team(v, rows, first, last, round);
+          if (of_hidden) take_hidden_by_team(v, rows, first, last, begin, last < end ? v : v + rows, round);
+#pragma omp barrier  // or a thread that is ahead would overwrite what another still multiplies
         }
       }
       if (of_hidden && needs_hidden_sums()) {
@@ -142,7 +144,7 @@ class LinearBackward {
 
   // The gradients of the logits of classes [v, v + rows) and the strips [first, last) of tokens; and their sums over
   // each strip.
-  void gradient_by_team(int64_t v, int64_t rows, int64_t first, int64_t last) {
+  void gradient_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, TeamTasks::Round& round) {
     // Tokens that are a single chunk are packed once for the whole vocabulary.
     if (v == 0 || sizes.strips < tokens.count) {
       pack_tokens_by_team(hidden, tokens, first, last, E, token_lanes.get(),
@@ -157,8 +159,7 @@ class LinearBackward {
     }
     const bool smoothing = classes.smoothing > 0.0f;
     const int64_t tiles = ceil_div(rows, sizes.tile_rows), groups = ceil_div(last - first, kTaskStrips);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < tiles * groups; ++task) {
+    tasks.run(round, tiles * groups, [&](int64_t task) {
       const int64_t row = task / groups * sizes.tile_rows, begin = first + task % groups * kTaskStrips;
       WeightTile<T> tile_weight(a, weight, scratch.get() + omp_get_thread_num() * thread_floats);
       const int64_t count = min_of(sizes.tile_rows, rows - row);
@@ -189,27 +190,51 @@ class LinearBackward {
           bias_sums[(row + r) * sizes.strips + s - first] = sum_of(sum);
         }
       }
-    }
+    });
   }
 
-  // grad_hidden of the strips [first, last) += G^T W of a block of classes.
-  void take_hidden_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, int64_t group) {
+  // grad_hidden of the strips [first, last) += G^T W of a block of classes. The next block is that of the class
+  // `next_v`.
+  void take_hidden_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, int64_t group, int64_t next_v,
+                           TeamTasks::Round& round) {
     const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
     const int64_t depth = Operands<T>::depth(rows);
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t task = 0; task < groups * columns; ++task) {
-      const int64_t begin = first + task / columns * kTaskStrips, feature = task % columns * kTaskStrips;
+    Piece pieces[kPieces];
+    FetchPieces<4> next{pieces, next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
+    tasks.run(round, groups * columns, [&](int64_t task) {
+      const int64_t begin = first + task % groups * kTaskStrips, feature = task / groups * kTaskStrips;
       for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f)
         for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
           alignas(64) float tile[kCols * kCols];
           const int64_t n = tokens.begin(s), count = tokens.used(s), e = features.begin(f);
-          FetchToWrite sums(hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * sizeof(float));
+          Both<FetchToWrite, FetchPieces<4>> ahead{
+              {hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * int64_t{sizeof(float)}}, next};
           multiply_strip(gradient.of_tokens(s - first), count, features.lanes(f) / kLanes,
-                         weight_columns.get() + f * sizes.weight_column_floats(), depth, tile, kCols, sums);
+                         weight_columns.get() + f * sizes.weight_column_floats(), depth, tile, kCols, ahead);
+          next = ahead.second;
           for (int64_t i = 0; i < count; ++i)
             add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
         }
-    }
+    });
+  }
+
+  // What this thread reads first of the block of classes from v on and the chunk of tokens from strip `first` on: kept
+  // logits, and rows of the weight if they are new. Returns how many pieces.
+  int64_t next_block(int64_t v, int64_t first, bool new_rows, Piece* pieces) const {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), rows = min_of(sizes.classes, V - v);
+    if (rows <= 0) return 0;
+    int64_t count = 0;
+    const auto add = [&](const void* data, int64_t bytes) {
+      const char* begin = static_cast<const char*>(data);
+      if (bytes > 0 && count < kPieces) pieces[count++] = {begin, begin + bytes};
+    };
+    const int64_t tiles = ceil_div(rows, sizes.tile_rows);
+    kept.for_memory(first, min_of(tokens.count, first + sizes.strips), v / sizes.tile_rows + tiles * me / threads,
+                    v / sizes.tile_rows + tiles * (me + 1) / threads, add);
+    const int64_t begin = v + rows * me / threads, end = v + rows * (me + 1) / threads;
+    if (new_rows && weight.col_stride == 1 && weight.row_stride == E)
+      add(weight.row(begin), (end - begin) * E * int64_t{sizeof(T)});
+    return count;
   }
 
   // The fp32 sums of counted token n, in a group that starts with strip `group`.
@@ -234,7 +259,7 @@ class LinearBackward {
   }
 
   // The gradients of weight and bias, or their sums so far, for a block of classes from the strips [first, last).
-  void take_rows_by_team(int64_t v, int64_t rows, int64_t first, int64_t last) {
+  void take_rows_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, TeamTasks::Round& round) {
     if (a.grad_bias.defined) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; ++r) {
@@ -246,19 +271,46 @@ class LinearBackward {
     }
     if (!a.grad_weight.defined) return;
     const int64_t tiles = ceil_div(rows, kTileRows), columns = ceil_div(features.count, kTaskStrips);
-#pragma omp for schedule(dynamic, 1) nowait
-    for (int64_t task = 0; task < tiles * columns; ++task) {
+    Piece pieces[kPieces];
+    FetchPieces<1> others{pieces, others_memory(rows, last - first, pieces)};
+    tasks.run(round, tiles * columns, [&](int64_t task) {
       const int64_t row = task / columns * kTileRows, count = min_of(kTileRows, rows - row);
       const int64_t feature = task % columns * kTaskStrips;
       for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f) {
         alignas(64) float tile[kTileRows * kCols];
-        Both<FetchToWrite, FetchToWrite> written{weight_rows_ahead(v, row, count, f, last),
-                                                 halves_ahead(v, row, count, f)};
+        Both<FetchToWrite, Both<FetchToWrite, FetchPieces<1>>> ahead{weight_rows_ahead(v, row, count, f, last),
+                                                                     {halves_ahead(v, row, count, f), others}};
         multiply_tokens(tokens, first, last, kPerStep, count, features.lanes(f) / kLanes, gradient.of_classes(0, row),
-                        sizes.classes * kCols, token_columns.get() + f * sizes.token_column_floats(), tile, written);
+                        sizes.classes * kCols, token_columns.get() + f * sizes.token_column_floats(), tile, ahead);
+        others = ahead.second.second;
         for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols);
       }
-    }
+    });
+  }
+
+  // What this thread's products for grad_hidden will read and others have written: gradients of logits, and packed rows
+  // of the weight. Returns how many pieces.
+  int64_t others_memory(int64_t rows, int64_t strips, Piece* pieces) const {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
+    const int64_t groups = ceil_div(strips, kTaskStrips), products = groups * ceil_div(features.count, kTaskStrips);
+    const int64_t begin = products * me / threads, end = products * (me + 1) / threads;
+    if (!a.grad_hidden.defined || threads == 1 || begin == end) return 0;
+    int64_t count = 0;
+    const auto add = [&](const char* data, int64_t from, int64_t to) {
+      if (from < to && count < kPieces) pieces[count++] = {data + from, data + to};
+    };
+    // Without the part of the depth, rows of the weight, that this thread has written.
+    const auto add_strip = [&](const char* data, int64_t bytes) {
+      const int64_t depth = Operands<T>::depth(rows);
+      add(data, 0, depth * me / threads * bytes);
+      add(data, depth * (me + 1) / threads * bytes, depth * bytes);
+    };
+    constexpr int64_t kBytes = kCols * sizeof(float);
+    for (int64_t f = begin / groups * kTaskStrips; f < min_of(features.count, ceil_div(end, groups) * kTaskStrips); ++f)
+      add_strip(reinterpret_cast<const char*>(weight_columns.get() + f * sizes.weight_column_floats()), kBytes);
+    for (int64_t i = 0; i < min_of(strips, (end - begin) * kTaskStrips); ++i)
+      add_strip(gradient.of_products((begin % groups * kTaskStrips + i) % strips), kBytes);
+    return count;
   }
 
   // What take_weight_row is about to write.
@@ -291,6 +343,7 @@ class LinearBackward {
     store_row(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1], a.grad_weight.stride[1]);
   }
 
+  static constexpr int64_t kPieces = 4 * kMaxBackwardStrips;
   static constexpr int64_t kPerStep = Operands<T>::kPairs ? 2 : 1;  // tokens
 
   const LinearCrossEntropyArgs& a;
@@ -305,6 +358,7 @@ class LinearBackward {
   const BackwardSizes<T> sizes;
   const int64_t thread_floats;
   const int team;
+  const TeamTasks tasks;
   const Buffer<float> scratch, token_lanes, token_columns, weight_columns;
   const Buffer<typename Operands<T>::Element> gradient_rows;
   const Buffer<float> gradient_pairs;

@@ -136,6 +136,13 @@ struct LogitGradient {
   typename Operands<T>::RowOperand of_classes(int64_t strip, int64_t first) const {
     return {rows + (strip * classes + first) * kCols, kCols};
   }
+  // The memory of of_tokens(strip).
+  const char* of_products(int64_t strip) const {
+    if constexpr (kPairs)
+      return reinterpret_cast<const char*>(pairs + strip * (classes / 2) * kCols);
+    else
+      return reinterpret_cast<const char*>(rows + strip * classes * kCols);
+  }
   // Tokens of a strip as rows, classes as depth.
   typename Operands<T>::ColumnOperand of_tokens(int64_t strip) const {
     if constexpr (kPairs)
