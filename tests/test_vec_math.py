@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import math
-import shlex
-import shutil
 import subprocess
-from pathlib import Path
 
+import cpp_program
 import pytest
 from attention_cases import ISAS
 
-ROOT = Path(__file__).parent.parent
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
 FLAGS = {"scalar": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
 
 
 @pytest.fixture(scope="module", params=ISAS)
 def measured(request, tmp_path_factory) -> dict[str, list[float]]:
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        pytest.skip("no C++ compiler here")
-    program = tmp_path_factory.mktemp("vec_math") / request.param
-    flags = f"-std=c++17 -O2 -ffp-contract=off -fno-math-errno -DGPT4V_FAST_ISA={request.param} -I{ROOT / 'csrc'}"
-    source = ROOT / "tests" / "vec_math.cpp"
-    subprocess.run(
-        [compiler, *shlex.split(flags), *FLAGS[request.param].split(), str(source), "-o", str(program)], check=True
+    flags = ["-ffp-contract=off", "-fno-math-errno", *FLAGS[request.param].split()]
+    program = cpp_program.build(
+        "vec_math.cpp", request.param, flags, tmp_path_factory.mktemp("vec_math") / request.param
     )
     lines = subprocess.run([program], check=True, capture_output=True, text=True).stdout.splitlines()
     return {name: [float(x) for x in rest] for name, *rest in (line.split() for line in lines)}

@@ -117,45 +117,38 @@ static void pack_tokens_by_team(const RowsOf<T>& source, const Strips& strips, i
 }
 
 // Rows [first, first + rows) in strips of columns, `floats` apart: element (r, e) at strip s that has column e,
-// [r][e - begin(s)], or with pairs of rows [r / 2]; zeros past the last column and past the last row. This is step i, a
-// row or a pair, of the strips [begin, end).
-template <class T>
-static void pack_columns(const RowsOf<T>& source, int64_t first, int64_t rows, int64_t i, const Strips& strips,
-                         int64_t begin, int64_t end, int64_t floats, float* to) {
-  constexpr int64_t kTogether = Operands<T>::kPairs ? 2 : 1;  // rows
-  const int64_t stride = source.col_stride, r = first + i * kTogether;
-  for (int64_t s = begin; s < end; ++s) {
-    float* target = to + s * floats + i * kCols;
-    const int64_t count = i < Operands<T>::depth(rows) ? strips.used(s) : 0;
-    if (count == 0) {
-      std::memset(target, 0, kCols * sizeof(float));
-      continue;
-    }
-    const T* row = source.row(r) + strips.begin(s) * stride;
-    if constexpr (Operands<T>::kPairs) {
-      uint32_t* pairs = reinterpret_cast<uint32_t*>(target);
-      const bool has_both = i * kTogether + 1 < rows;
-      const T* second = has_both ? source.row(r + 1) + strips.begin(s) * stride : row;
-      if (has_both && stride == 1 && count == kCols)
-        interleave_strip(row, second, pairs);
-      else
-        for (int64_t c = 0; c < kCols; ++c) {
-          const uint32_t low = c < count ? row[c * stride].bits : 0u;
-          pairs[c] = low | (has_both && c < count ? static_cast<uint32_t>(second[c * stride].bits) << 16 : 0u);
-        }
-    } else {
-      pack<T>({row, 0, stride}, 1, count, target, kCols);
-    }
-  }
-}
-
-// All strips, and zeros up to `padded` rows. Whole rows pass, as they lie in memory.
+// [r][e - begin(s)], or with pairs of rows [r / 2]; zeros past the last column and, up to `padded`, past the last row.
+// Whole rows pass, as they lie in memory.
 template <class T>
 static void pack_columns_by_team(const RowsOf<T>& source, int64_t first, int64_t rows, int64_t padded,
                                  const Strips& strips, int64_t floats, float* to) {
+  constexpr int64_t kTogether = Operands<T>::kPairs ? 2 : 1;  // rows
+  const int64_t steps = Operands<T>::depth(rows), stride = source.col_stride;
 #pragma omp for schedule(static)
   for (int64_t i = 0; i < Operands<T>::depth(padded); ++i)
-    pack_columns(source, first, rows, i, strips, 0, strips.count, floats, to);
+    for (int64_t s = 0; s < strips.count; ++s) {
+      float* target = to + s * floats + i * kCols;
+      const int64_t count = i < steps ? strips.used(s) : 0, r = first + i * kTogether;
+      if (count == 0) {
+        std::memset(target, 0, kCols * sizeof(float));
+        continue;
+      }
+      const T* row = source.row(r) + strips.begin(s) * stride;
+      if constexpr (Operands<T>::kPairs) {
+        uint32_t* pairs = reinterpret_cast<uint32_t*>(target);
+        const bool has_both = i * kTogether + 1 < rows;
+        const T* second = has_both ? source.row(r + 1) + strips.begin(s) * stride : row;
+        if (has_both && stride == 1 && count == kCols)
+          interleave_strip(row, second, pairs);
+        else
+          for (int64_t c = 0; c < kCols; ++c) {
+            const uint32_t low = c < count ? row[c * stride].bits : 0u;
+            pairs[c] = low | (has_both && c < count ? static_cast<uint32_t>(second[c * stride].bits) << 16 : 0u);
+          }
+      } else {
+        pack<T>({row, 0, stride}, 1, count, target, kCols);
+      }
+    }
 }
 
 // Work that a product does on the way (tile.h): fetches memory that is used next, a row of up to 192 bytes a step.
