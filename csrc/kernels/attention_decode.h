@@ -12,8 +12,9 @@
 //     key.
 //   - The product with V runs along Dv with the sums of a few rows in registers.
 //   - The rows of a chunk's K, then of its V, then of the next chunk's K form one sequence, and every loop asks for the
-//     row some kB further on in it, so that memory is busy while the core computes, whatever the rows' distance. Chunks
-//     are long because memory is not busy in their softmax: a few hundred cycles for each row.
+//     row some kB further on in it, and for where a later page lies, so that memory is busy while the core computes,
+//     whatever the rows' distance. Chunks are long because memory is not busy in their softmax: a few hundred cycles
+//     for each row.
 #pragma once
 
 #include <omp.h>
@@ -21,6 +22,7 @@
 #include <cmath>
 
 #include "kernels/attention_decode_rows.h"
+#include "kernels/team_tasks.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
@@ -94,24 +96,65 @@ static inline int64_t row_start(const View& view, const QueryBlock& block, int64
          (block.sequence.query0 + block.index[row]) * view.stride[2];
 }
 
+// The chunks of the stretches that a thread works on, one after another: the last chunk of one looks ahead to the first
+// of the next.
+template <class T>
+class ChunkReader {
+ public:
+  explicit ChunkReader(const DecodeWork& work) : work_(work) {}
+
+  // Goes to a stretch. `following` is the one that probably comes next, or -1.
+  void start(int64_t item, int64_t following) {
+    if (item != opened_) open(item, chunks_[turn_]);
+    following_ = following;
+    block_ = opened_block_, j_ = opened_j_, end_ = opened_end_;
+  }
+
+  const QueryBlock& block() const { return block_; }
+  KeyChunk<T>& chunk() { return chunks_[turn_]; }
+  // Looks ahead of the chunk; next() then goes on, to a chunk of no keys behind the last.
+  void look_ahead(Ahead ahead) {
+    KeyChunk<T>& next = chunks_[1 - turn_];
+    next.collect(block_, &j_, end_);
+    is_last_ = next.n == 0;
+    if (is_last_ && following_ >= 0) open(following_, next);
+    chunk().look_ahead(next, ahead);
+  }
+  bool next() {
+    turn_ = 1 - turn_;
+    return !is_last_;
+  }
+
+ private:
+  void open(int64_t item, KeyChunk<T>& chunk) {
+    const AttentionArgs& a = work_.args;
+    const int64_t b = work_.sequence_of(item), local = item - work_.first[b], Hkv = a.k.size[1];
+    const Sequence sequence = sequence_at(a, b);
+    const int64_t length = stretch_length(sequence.T), begin = local / Hkv * length;
+    make_query_block(a, sequence, local % Hkv, 0, work_.row_count(sequence), opened_block_);
+    opened_j_ = max_of(opened_block_.key_begin(), begin), opened_end_ = min_of(opened_block_.key_end(), begin + length);
+    chunk.collect(opened_block_, &opened_j_, opened_end_);
+    opened_ = item;
+  }
+
+  const DecodeWork& work_;
+  KeyChunk<T> chunks_[2];
+  int turn_ = 0;
+  bool is_last_ = true;
+  QueryBlock block_, opened_block_;  // of the stretch that is worked on; of the one whose first chunk was collected
+  int64_t j_ = 0, end_ = 0, opened_j_ = 0, opened_end_ = 0, opened_ = -1, following_ = -1;
+};
+
 // One stretch of keys for all rows of a key head.
 template <class T>
-static void decode_stretch(const DecodeWork& work, int64_t item, const Partial& partial, const DecodeScratch<T>& s) {
-  const AttentionArgs& a = work.args;
-  const int64_t b = work.sequence_of(item), local = item - work.first[b], Hkv = a.k.size[1];
-  const int64_t D = a.q.size[3], Dv = a.v.size[3], parts = ceil_div(D, kSlice);
-  const Sequence sequence = sequence_at(a, b);
-  const int64_t count = work.row_count(sequence), length = stretch_length(sequence.T);
-  QueryBlock block;
-  make_query_block(a, sequence, local % Hkv, 0, count, block);
+static void decode_stretch(const AttentionArgs& a, ChunkReader<T>& reader, int64_t padded_Dv, const Partial& partial,
+                           const DecodeScratch<T>& s) {
+  const QueryBlock& block = reader.block();
+  const int64_t D = a.q.size[3], Dv = a.v.size[3], parts = ceil_div(D, kSlice), count = block.count;
+  const Ahead ahead(D * int64_t{sizeof(T)});
+  const int64_t group = clamp(kValueBytes / max_of(1, Dv * int64_t{sizeof(T)}), 8, kKeys);  // keys
 
-  const int64_t ahead = clamp(kAheadBytes / max_of(1, D * int64_t{sizeof(T)}), kLanes, kMaxAhead);
-  int64_t j = max_of(block.key_begin(), local / Hkv * length);
-  const int64_t end = min_of(block.key_end(), (local / Hkv + 1) * length);
-  KeyChunk<T> chunks[2];
-  chunks[0].collect(block, &j, end);
-
-  float alpha[2][kDecodeRows];  // of a chunk's first block, and of the others: 1
+  float alpha[2][kDecodeRows];  // of a chunk's first keys, and of the others: 1
   Vec sum[kDecodeRows];
   for (int64_t r = 0; r < count; ++r) {
     const T* row = static_cast<const T*>(a.q.data) + row_start(a.q, block, r);
@@ -124,12 +167,11 @@ static void decode_stretch(const DecodeWork& work, int64_t item, const Partial& 
     sum[r] = Vec{};
     alpha[1][r] = 1.0f;
   }
-  for (int64_t i = 0; i < count * work.padded_Dv; ++i) partial.out[i] = 0.0f;
+  for (int64_t i = 0; i < count * padded_Dv; ++i) partial.out[i] = 0.0f;
 
-  for (int turn = 0; chunks[turn].n > 0; turn = 1 - turn) {
-    KeyChunk<T>&chunk = chunks[turn], &next = chunks[1 - turn];
-    next.collect(block, &j, end);
-    chunk.look_ahead(next, ahead);
+  for (bool more = reader.chunk().n > 0; more; more = reader.next()) {
+    reader.look_ahead(ahead);
+    const KeyChunk<T>& chunk = reader.chunk();
     score_chunk<T>(chunk, ahead, s.queries, count, a, s.scores);
     finish_chunk(block, chunk, count, s.scores);
     for (int64_t r = 0; r < count; ++r)
@@ -142,8 +184,10 @@ static void decode_stretch(const DecodeWork& work, int64_t item, const Partial& 
         for (int64_t r = 0; r < count; ++r)
           for (int64_t c = 0; c < n; ++c) weights[r * kChunkKeys + c] *= s.dropout[c * kQueries + r];
       }
-      add_values<T>({chunk.values() + i * kKeys, n, Dv, ahead, weights, alpha[i > 0], partial.out, work.padded_Dv},
-                    count);
+      for (int64_t c = 0; c < n; c += group)
+        add_values<T>({chunk.values() + i * kKeys + c, min_of(group, n - c), Dv, ahead, weights + c, alpha[i + c > 0],
+                       partial.out, padded_Dv},
+                      count);
     }
   }
   for (int64_t r = 0; r < count; ++r) {
@@ -199,25 +243,31 @@ static void attention_decode_as(const AttentionArgs& a, int threads) {
   const int team = static_cast<int>(min_of(threads, count));
   const int64_t scratch_size = DecodeScratch<T>(a, nullptr).size + work.padded_Dv;
   const Buffer<float> scratch(team * scratch_size), partials(count * Partial::size(work));
-  // A parallel region of one thread is not free: it costs as much as a small call.
-  const auto stretch = [&](int64_t item, int thread) {
+  const auto stretch = [&](ChunkReader<T>& reader, int64_t item, int64_t end, int thread) {
     const DecodeScratch<T> s(a, scratch.get() + thread * scratch_size);
-    decode_stretch<T>(work, item, Partial(work, partials.get(), item), s);
+    reader.start(item, item + 1 < end ? item + 1 : -1);
+    decode_stretch<T>(a, reader, work.padded_Dv, Partial(work, partials.get(), item), s);
   };
   const auto merge = [&](int64_t i, int thread) {
     float* row = scratch.get() + (thread + 1) * scratch_size - work.padded_Dv;
     merge_stretches<T>(work, i / Hkv, i % Hkv, partials.get(), row);
   };
+  // A parallel region of one thread is not free: it costs as much as a small call.
   if (team == 1) {
-    for (int64_t item = 0; item < count; ++item) stretch(item, 0);
+    ChunkReader<T> reader(work);
+    for (int64_t item = 0; item < count; ++item) stretch(reader, item, count, 0);
     for (int64_t i = 0; i < heads; ++i) merge(i, 0);
     return;
   }
+  const TeamTasks tasks(team);
 #pragma omp parallel num_threads(team)
   {
     const int thread = omp_get_thread_num();
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < count; ++item) stretch(item, thread);
+    const int64_t end = count * (thread + 1) / team;
+    ChunkReader<T> reader(work);
+    TeamTasks::Round round;
+    tasks.run(round, count, [&](int64_t item) { stretch(reader, item, end, thread); });
+#pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < heads; ++i) merge(i, thread);
   }
