@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "kernels/attention_scores.h"
+#include "kernels/tile.h"
 #include "simd/slice.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
