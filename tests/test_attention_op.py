@@ -85,27 +85,42 @@ THREADED = [
     Case("few-heads", 300, 300, H=2, Hkv=1, D=24, mask=causal, bias=(300, 300), sinks=True),
     Case("many-heads", 70, 130, B=4, H=6, D=16, dtype=BF16, bias=(1, 6, 1, 1), sinks=True),
 ]
+DECODED = Case("decoded", 1, 4000, B=2, H=8, Hkv=2, D=64, mask=causal, sinks=True)
+
+
+def bits_of(case, isa, threads):
+    """The outputs and gradients of one call."""
+    torch.set_num_threads(threads)
+    tensors = {name: x.requires_grad_(name in case.gradients) for name, x in case.tensors().items()}
+    torch.manual_seed(0)
+    with gf.force(isa=isa):
+        out, lse = gf.attention(**tensors, **case.options(), dropout_p=0.2)
+        leaves = [tensors[name] for name in case.gradients]
+        upstream = [torch.ones_like(out), torch.where(lse.isinf(), 0.0, 1.0)]
+        return [out, lse, *torch.autograd.grad([out, lse], leaves, upstream)]
+
+
+@pytest.fixture
+def any_number_of_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", THREADED, ids=lambda case: case.name)
-def test_bitwise_the_same_for_any_number_of_threads(case, isa, poisoned):
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            tensors = {name: x.requires_grad_(name in case.gradients) for name, x in case.tensors().items()}
-            torch.manual_seed(0)
-            with gf.force(isa=isa):
-                out, lse = gf.attention(**tensors, **case.options(), dropout_p=0.2)
-                leaves = [tensors[name] for name in case.gradients]
-                upstream = [torch.ones_like(out), torch.where(lse.isinf(), 0.0, 1.0)]
-                results.append([out, lse, *torch.autograd.grad([out, lse], leaves, upstream)])
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+def test_bitwise_the_same_for_any_number_of_threads(case, isa, poisoned, any_number_of_threads):
+    first = bits_of(case, isa, 1)
+    for threads in (1, 2, 3, 8):
+        assert all(torch.equal(a, b) for a, b in zip(first, bits_of(case, isa, threads), strict=True)), threads
+
+
+@pytest.mark.parametrize("case", [*THREADED, DECODED], ids=lambda case: case.name)
+def test_bitwise_the_same_over_200_runs(case, poisoned, any_number_of_threads):
+    first = bits_of(case, ISAS[-1], 1)
+    for run in range(200):
+        again = bits_of(case, ISAS[-1], (1, 2, 3, 8)[run % 4])
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), run
 
 
 # NaN and infinity.
