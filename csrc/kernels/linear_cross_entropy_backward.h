@@ -27,10 +27,11 @@ static T* row_of(const View& view, int64_t row) {
 // A gradient that is its own fp32 sum needs no other.
 static inline bool holds_sums(const View& view) { return view.dtype == DType::kFloat32 && view.stride[1] == 1; }
 
-// A gradient about to be written whole.
-static inline void expect_gradient(const View& view) {
-  if (view.defined && view.stride[1] == 1 && view.stride[0] == view.size[1])
-    expect_writes(view.data, view.size[0] * view.size[1] * (view.dtype == DType::kFloat32 ? 4 : 2));
+// The gradients are about to be written whole.
+static inline void expect_gradients(const LinearCrossEntropyArgs& a) {
+  for (const View* view : {&a.grad_hidden, &a.grad_weight})
+    if (view->defined && view->stride[1] == 1 && view->stride[0] == view->size[1])
+      expect_writes(view->data, view->size[0] * view->size[1] * (view->dtype == DType::kFloat32 ? 4 : 2));
 }
 
 // Which of the parts of tokens whose gradients are added up one after the other a call is.
@@ -95,8 +96,6 @@ class LinearBackward {
         weight_sums(args.grad_weight.defined && needs_weight_sums() ? sizes.classes * E : 0) {}
 
   void run() {
-    expect_gradient(a.grad_hidden);
-    expect_gradient(a.grad_weight);
     const bool wants_rows = a.grad_weight.defined || a.grad_bias.defined;
     if (tokens.count == 0) return clear_rows();
     if (needs_hidden_sums() && sizes.group < tokens.count) {
@@ -385,6 +384,7 @@ static void linear_backward(const LinearCrossEntropyArgs& a, int threads, PartOf
 }  // namespace loss
 
 static void linear_cross_entropy_backward(const LinearCrossEntropyArgs& a, int threads) {
+  loss::expect_gradients(a);
   loss::with_float(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
 }
 
