@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
         "--direction", action="append", choices=registry.DIRECTIONS, help="only this direction (repeatable)"
     )
     parser.add_argument(
-        "--case", action="append", metavar="NAME", help="only cases with this in their name (repeatable)"
+        "--case", action="append", metavar="NAME", help="only this case, or those with this in their name (repeatable)"
     )
     parser.add_argument("--rounds", type=int, help="samples of each contender that must count (default 7)")
     parser.add_argument("--threads", type=int, help="threads of every contender (default: torch's)")

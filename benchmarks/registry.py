@@ -150,7 +150,8 @@ def cases(
     directions: Iterable[str] | None = None,
     part: str = "default",
 ) -> list[Case]:
-    """The registered cases of a part (PARTS) that fit every filter; `names` match parts of a case's name.
+    """The registered cases of a part (PARTS) that fit every filter; `names` are whole names or, where no case has that
+    name, parts of them.
 
     Raises:
         ValueError: an unknown op, dtype or direction, or filters that leave nothing.
@@ -161,17 +162,18 @@ def cases(
     found: list[Case] = []
     for module in dict.fromkeys(module for op in wanted_ops for module in MODULES[op]):
         found += importlib.import_module(f".{module}", __package__).cases()
+    of_part = [case for case in found if case.part in PARTS[part]]
+    whole = {case.name for case in of_part}
     chosen = [
         case
-        for case in found
+        for case in of_part
         if case.op in wanted_ops
         and case.dtype_name in wanted_dtypes
         and case.direction in wanted_directions
-        and case.part in PARTS[part]
-        and (names is None or any(name in case.name for name in names))
+        and (names is None or any(case.name == name if name in whole else name in case.name for name in names))
     ]
     if not chosen:
-        known = ", ".join(dict.fromkeys(case.name for case in found if case.part in PARTS[part]))
+        known = ", ".join(dict.fromkeys(case.name for case in of_part))
         asked = ", ".join([*(names or ["any"]), *wanted_dtypes, *wanted_directions])
         raise ValueError(f"case: expected a part of one of {known}, in a dtype and direction it has, got {asked}")
     return chosen

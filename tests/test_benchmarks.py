@@ -62,6 +62,15 @@ class TestRegistry:
         found = registry.cases(ops=["attention"], dtypes=["bf16"], directions=["forward"], names=["s577"])
         assert [case.id for case in found] == ["attention/b4_h16_s577_d64/bf16/forward"]
 
+    def test_a_whole_name_leaves_out_the_names_that_begin_with_it(self):
+        named = {
+            name: {c.name for c in registry.cases(part="all", names=[name])}
+            for name in ("n1024_v49152", "n1024_v49152_e576", "n1024_v49152_")
+        }
+        assert named["n1024_v49152"] == {"n1024_v49152"}
+        assert named["n1024_v49152_e576"] == {"n1024_v49152_e576"}
+        assert len(named["n1024_v49152_"]) == 9  # three depths, three shares of ignored labels
+
     @pytest.mark.parametrize(
         ("filters", "message"),
         [

@@ -27,14 +27,15 @@ class KeptLogits {
   static constexpr float kSteps = 512.0f;  // of an exponent of 2
 
   // Memory to fill, of which no more than `most` bytes are used.
-  static KeptLogits to_fill(const LinearCrossEntropyArgs& a, const Strips& tokens, int64_t most) {
+  static KeptLogits to_fill(const LinearCrossEntropyArgs& a, const Strips& tokens, int64_t most, int threads) {
     const View& memory = a.kept;
     KeptLogits kept(a, tokens, is_short_for(a));
     if (!memory.defined || memory.size[0] < kept.cells_begin()) return kept;
     kept.use(a, max_of(0, min_of(memory.size[0], most) - kept.cells_begin()));
     const int64_t header[] = {kept.layout(), tokens.size, kept.classes, kept.depth, kept.limit};
     std::memcpy(kept.data, header, sizeof(header));
-    if (kept.limit > 0) expect_writes(kept.data, kept.cells_begin() + min_of(kept.limit, kept.offset(tokens.count, 0)));
+    if (kept.limit > 0)
+      get_large_pages(kept.data, kept.cells_begin() + min_of(kept.limit, kept.offset(tokens.count, 0)), threads);
     return kept;
   }
 

@@ -47,7 +47,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
       max_of(packed_floats * 4 + ranges * chunk * int64_t{sizeof(Lanes)},
              BackwardSizes<T>::of(counted.count, E, V).bytes(counted.count, E, a.keeps_in_gradient));
   const int64_t thread_bytes = thread_floats > 0 ? kThreadBytes : 0;  // however many threads there are
-  const auto kept = KeptLogits<T>::to_fill(a, strips, kExtraBytes - scratch_bytes - thread_bytes);
+  const auto kept = KeptLogits<T>::to_fill(a, strips, kExtraBytes - scratch_bytes - thread_bytes, threads);
 
 #pragma omp parallel num_threads(team)
   for (int64_t first = 0; first < strips.count; first += chunk) {

@@ -27,11 +27,11 @@ static T* row_of(const View& view, int64_t row) {
 // A gradient that is its own fp32 sum needs no other.
 static inline bool holds_sums(const View& view) { return view.dtype == DType::kFloat32 && view.stride[1] == 1; }
 
-// The gradients are about to be written whole.
-static inline void expect_gradients(const LinearCrossEntropyArgs& a) {
+// Memory for the gradients, which are about to be written whole.
+static inline void get_gradients(const LinearCrossEntropyArgs& a, int threads) {
   for (const View* view : {&a.grad_hidden, &a.grad_weight})
     if (view->defined && view->stride[1] == 1 && view->stride[0] == view->size[1])
-      expect_writes(view->data, view->size[0] * view->size[1] * (view->dtype == DType::kFloat32 ? 4 : 2));
+      get_large_pages(view->data, view->size[0] * view->size[1] * (view->dtype == DType::kFloat32 ? 4 : 2), threads);
 }
 
 // Which of the parts of tokens whose gradients are added up one after the other a call is.
@@ -384,7 +384,7 @@ static void linear_backward(const LinearCrossEntropyArgs& a, int threads, PartOf
 }  // namespace loss
 
 static void linear_cross_entropy_backward(const LinearCrossEntropyArgs& a, int threads) {
-  loss::expect_gradients(a);
+  loss::get_gradients(a, threads);
   loss::with_float(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
 }
 
