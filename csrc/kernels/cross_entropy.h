@@ -237,7 +237,7 @@ static void cross_entropy_backward(const CrossEntropyArgs& a, int threads) {
   loss::with_float(a.logits.dtype, [&](auto zero) {
     const View& to = a.grad_logits;
     if (to.stride[1] == 1 && to.stride[0] == classes.V)
-      get_large_pages(to.data, N * classes.V * static_cast<int64_t>(sizeof(zero)), threads);
+      expect_writes(to.data, N * classes.V * static_cast<int64_t>(sizeof(zero)));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < N; ++row) loss::backward_row<decltype(zero)>(a, classes, cap, row);
   });
