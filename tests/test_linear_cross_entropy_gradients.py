@@ -328,7 +328,7 @@ def test_a_loss_that_is_not_finite_is_as_ever(calls, monkeypatch):
 
 
 def test_large_gradients_are_the_same_bits_however_their_pages_come():
-    """33 calls with 16 MiB of gradient: large pages are tried, and left out for up to 16 calls after a slow one."""
+    """33 calls with 16 MiB of gradient: large pages are tried, and left out for 16 calls or more after slow ones."""
     hidden, weight = torch.randn(8, 128), torch.randn(32_768, 128, requires_grad=True)
     target = torch.randint(32_768, (8,))
     first, *others = [

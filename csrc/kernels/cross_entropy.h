@@ -236,8 +236,9 @@ static void cross_entropy_backward(const CrossEntropyArgs& a, int threads) {
   const loss::Cap cap(a.softcap);
   loss::with_float(a.logits.dtype, [&](auto zero) {
     const View& to = a.grad_logits;
+    static LargePages before;
     if (to.stride[1] == 1 && to.stride[0] == classes.V)
-      expect_writes(to.data, N * classes.V * static_cast<int64_t>(sizeof(zero)));
+      get_large_pages(before, to.data, N * classes.V * static_cast<int64_t>(sizeof(zero)), threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < N; ++row) loss::backward_row<decltype(zero)>(a, classes, cap, row);
   });

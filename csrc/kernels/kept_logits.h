@@ -34,8 +34,10 @@ class KeptLogits {
     kept.use(a, max_of(0, min_of(memory.size[0], most) - kept.cells_begin()));
     const int64_t header[] = {kept.layout(), tokens.size, kept.classes, kept.depth, kept.limit};
     std::memcpy(kept.data, header, sizeof(header));
+    static LargePages before;
     if (kept.limit > 0)
-      get_large_pages(kept.data, kept.cells_begin() + min_of(kept.limit, kept.offset(tokens.count, 0)), threads);
+      get_large_pages(before, kept.data, kept.cells_begin() + min_of(kept.limit, kept.offset(tokens.count, 0)),
+                      threads);
     return kept;
   }
 

@@ -29,9 +29,14 @@ static inline bool holds_sums(const View& view) { return view.dtype == DType::kF
 
 // Memory for the gradients, which are about to be written whole.
 static inline void get_gradients(const LinearCrossEntropyArgs& a, int threads) {
-  for (const View* view : {&a.grad_hidden, &a.grad_weight})
-    if (view->defined && view->stride[1] == 1 && view->stride[0] == view->size[1])
-      get_large_pages(view->data, view->size[0] * view->size[1] * (view->dtype == DType::kFloat32 ? 4 : 2), threads);
+  static LargePages before[2];
+  const View* const gradients[] = {&a.grad_hidden, &a.grad_weight};
+  for (int i = 0; i < 2; ++i) {
+    const View& to = *gradients[i];
+    const int64_t bytes = to.size[0] * to.size[1] * (to.dtype == DType::kFloat32 ? 4 : 2);
+    if (to.defined && to.stride[1] == 1 && to.stride[0] == to.size[1])
+      get_large_pages(before[i], to.data, bytes, threads);
+  }
 }
 
 // Which of the parts of tokens whose gradients are added up one after the other a call is.

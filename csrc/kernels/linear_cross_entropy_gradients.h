@@ -80,7 +80,8 @@ static void linear_gradients(LinearCrossEntropyArgs a, float nll_slope, float ls
   const Buffer<float> slopes(2 * N);
   if (parts.sums_halves) a.weight_sum_halves = halves.get();
   get_gradients(a, threads);  // the first part keeps logits there
-  get_large_pages(halves.get(), parts.sums_halves ? V * E * 2 : 0, threads);
+  static LargePages before;
+  get_large_pages(before, halves.get(), parts.sums_halves ? V * E * 2 : 0, threads);
   int64_t from = 0, to = parts.first;
   do {
     const PartOfTokens part{from == 0, to >= counted.count};

@@ -28,42 +28,63 @@ static inline void expect_writes(void* data, int64_t bytes) {
 #endif
 }
 
-// Gets large pages under [data, data + bytes), all of which will be written, until one comes slowly; the rest is left
-// to small ones. Large pages come slowly where free memory lies in pieces and has to be moved, and on a virtual machine
-// whose host takes free memory back: there 2 MiB took 5 to 12 ms, of small pages, which do not go so soon, 2
-// (docs/tuning.md). Where few come before a slow one, the next calls are left without.
-static inline void get_large_pages(void* data, int64_t bytes, int threads) {
+// How large pages came to one kind of memory in the calls before.
+struct LargePages {
+  double page_time = 0;  // s that one took, mean of the last calls that asked for them
+  int left_out = 0;      // of the coming calls
+  int pause = 0;         // calls left out the last time
+};
+
+// Gets large pages under [data, data + bytes), all of which will be written, unless they came slowly in the calls
+// before. They come slowly where free memory lies in pieces and has to be moved, and on a virtual machine whose host
+// takes free memory back: there 2 MiB took 5 to 12 ms, of small pages, which do not go so soon, 1 (docs/tuning.md).
+// What one call has waited for is often there for the next: it takes two slow calls in a row, or more of them among
+// quick ones, before 16 calls do without, then 32, up to 128.
+static inline void get_large_pages(LargePages& before, void* data, int64_t bytes, int threads) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr int kPopulateWrite = 23;  // MADV_POPULATE_WRITE: Linux 5.14, and not in every header
   constexpr int64_t kLarge = 2 << 20;
-  constexpr double kSlow = 2e-3;    // seconds
-  constexpr int64_t kPaysOff = 16;  // large pages that make up for a slow one
-  static int64_t left_out = 0;      // of the coming calls
+  constexpr double kSlow = 1.5e-3;                       // s, where 2 MiB of small pages take 1
+  constexpr double kMostCounted = 4e-3, kWeight = 0.25;  // s of a call, and of it, in the mean
+  constexpr int kEnough = 4;                             // pages of a thread, to see that they are slow again
+  constexpr int kFirstPause = 16, kLongestPause = 128;   // calls
   if (data == nullptr || bytes < kWorthLargePages) return;
-  if (__atomic_load_n(&left_out, __ATOMIC_RELAXED) > 0) {
-    __atomic_fetch_sub(&left_out, 1, __ATOMIC_RELAXED);
-    return;
-  }
+  // Calls at the same time may lose what another has seen: it is only about speed.
+  const int left_out = __atomic_load_n(&before.left_out, __ATOMIC_RELAXED);
+  if (left_out > 0) return __atomic_store_n(&before.left_out, left_out - 1, __ATOMIC_RELAXED);
+  double page_time;
+  __atomic_load(&before.page_time, &page_time, __ATOMIC_RELAXED);
   const int64_t address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(data));
   const int64_t begin = (address + kLarge - 1) / kLarge, end = (address + bytes) / kLarge;
-  for (int64_t page = begin; page < end;) {
-    const int64_t first = page, count = page == begin ? 1 : end - page < threads ? end - page : threads;
-    int64_t got = 0, slow = 0;
+  const int64_t portion = page_time > kSlow / 2 ? int64_t{kEnough} * threads : end - begin;
+  int64_t tried = 0, got = 0;
+  double time = 0;  // of all threads
+  while (tried < end - begin && time <= kSlow * static_cast<double>(tried)) {
+    const int64_t first = begin + tried, count = end - first < portion ? end - first : portion;
     madvise(reinterpret_cast<void*>(first * kLarge), static_cast<size_t>(count * kLarge), MADV_HUGEPAGE);
-#pragma omp parallel for num_threads(threads) if (count > 1) schedule(static) reduction(+ : got, slow)
-    for (int64_t p = first; p < first + count; ++p) {
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : got, time)
+    for (int64_t page = first; page < first + count; ++page) {
       const double start = omp_get_wtime();
-      got += madvise(reinterpret_cast<void*>(p * kLarge), static_cast<size_t>(kLarge), kPopulateWrite) == 0;
-      slow += omp_get_wtime() - start > kSlow;
+      got += madvise(reinterpret_cast<void*>(page * kLarge), static_cast<size_t>(kLarge), kPopulateWrite) == 0;
+      time += omp_get_wtime() - start;
     }
-    if (got == 0) return expect_writes(data, bytes);  // an older system: they come when they are written
-    page += count;
-    if (slow == 0) continue;
-    if (page - begin < kPaysOff) __atomic_store_n(&left_out, kPaysOff - (page - begin), __ATOMIC_RELAXED);
-    return;
+    tried += count;
   }
+  if (got == 0) return expect_writes(data, bytes);  // an older system: they come when they are written
+  const double now = time / static_cast<double>(tried);
+  page_time += kWeight * ((now < kMostCounted ? now : kMostCounted) - page_time);
+  if (page_time > kSlow) {
+    page_time = kSlow;
+    const int pause = __atomic_load_n(&before.pause, __ATOMIC_RELAXED);
+    const int longer = pause == 0 ? kFirstPause : pause < kLongestPause ? 2 * pause : kLongestPause;
+    __atomic_store_n(&before.pause, longer, __ATOMIC_RELAXED);
+    __atomic_store_n(&before.left_out, longer, __ATOMIC_RELAXED);
+  } else if (page_time < kSlow / 2) {
+    __atomic_store_n(&before.pause, 0, __ATOMIC_RELAXED);
+  }
+  __atomic_store(&before.page_time, &page_time, __ATOMIC_RELAXED);
 #else
-  (void)data, (void)bytes, (void)threads;
+  (void)before, (void)data, (void)bytes, (void)threads;
 #endif
 }
 
