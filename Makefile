@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-sanitize lint format bench build wheel clean
+.PHONY: demo test test-slow sanitized test-sanitize test-sanitized lint format bench build wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +26,7 @@ $(STAMP): $(SOURCES) | $(VENV)/.torch
 
 # Threads that wait asleep: where other programs share the cores, spinning ones made a step of the demo five times slower
 # (3.1 s against 0.6 s at load 8 on 2 cores of an AMD EPYC, 2026-11-22).
-demo test: export OMP_WAIT_POLICY = passive
+demo test test-slow test-sanitized: export OMP_WAIT_POLICY = passive
 
 demo: $(STAMP)
 	$(BIN)/gpt4v-fast demo
@@ -39,10 +39,15 @@ test-slow: $(STAMP)
 
 # The kernels again, built with AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
 SANITIZED := build/sanitized
-test-sanitize: $(STAMP)
+test-sanitize: sanitized
+	$(MAKE) test-sanitized
+
+sanitized: $(STAMP)
 	rm -rf $(SANITIZED)
 	GPT4V_FAST_SANITIZE=address,undefined GPT4V_FAST_CUDA=0 \
 		$(BIN)/python -m pip install -q --no-deps --no-build-isolation --target $(SANITIZED) .
+
+test-sanitized:
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not slow" -k "not compile and not gradcheck" --timeout=900 \

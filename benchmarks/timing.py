@@ -1,8 +1,8 @@
 """Times that can be compared: interleaved rounds in one process, each sample between two probes of the machine.
 
-Every round runs each contender once, in rotated order, so that slow minutes of a shared machine hit all of them. A
-sample counts only if the peak probe just before and just after it agree; rounds are added, up to a bound, until
-every contender has enough samples that count.
+Every round runs each contender once, in an order of its own, so that slow minutes of a shared machine hit all of them
+and what one leaves behind (memory, caches) meets each of the others at times. A sample counts only if the peak probe just
+before and just after it agree; rounds are added, up to a bound, until every contender has enough samples that count.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ def agree(before: float, after: float, tolerance: float) -> bool:
     return abs(before - after) <= tolerance * max(before, after)
 
 
-def rotated(names: Sequence[str], turn: int) -> list[str]:
-    start = turn % len(names) if names else 0
-    return [*names[start:], *names[:start]]
+def shuffled(names: Sequence[str], turn: int) -> list[str]:
+    """The order of a round: another in each, the same in every run."""
+    return [names[i] for i in np.random.default_rng(turn).permutation(len(names))]
 
 
 def calls_per_sample(run: Callable[[], object], min_sample_s: float, clock: Callable[[], float]) -> int:
@@ -115,7 +115,7 @@ def measure(
     for turn in range(max(settings.rounds, settings.max_rounds)):
         if turn >= settings.rounds and all(len(samples[name]) >= settings.rounds for name in names):
             break
-        for name in rotated(names, turn):
+        for name in shuffled(names, turn):
             with _no_garbage_collection():
                 elapsed = time_calls(runs[name], calls[name], clock)
             after = probe()
