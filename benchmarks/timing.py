@@ -1,8 +1,9 @@
 """Times that can be compared: interleaved rounds in one process, each sample between two probes of the machine.
 
 Every round runs each contender once, in an order of its own, so that slow minutes of a shared machine hit all of them
-and what one leaves behind (memory, caches) meets each of the others at times. A sample counts only if the peak probe just
-before and just after it agree; rounds are added, up to a bound, until every contender has enough samples that count.
+and what one leaves behind (memory, caches) meets each of the others at times. A sample counts only if the peak probe
+just before and just after it agree; rounds are added, up to a bound, until every contender has enough samples that
+count.
 """
 
 from __future__ import annotations

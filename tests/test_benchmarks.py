@@ -191,7 +191,7 @@ class Machine:
 
 class TestTiming:
     def test_every_round_runs_each_contender_once_after_different_others(self):
-        machine = Machine({name: 1.0 for name in "abcdefg"})
+        machine = Machine(dict.fromkeys("abcdefg", 1.0))
         machine.measure(rounds=7, max_rounds=7)
         calibration, order = machine.order[:7], machine.order[7:]
         assert calibration == list("abcdefg")
