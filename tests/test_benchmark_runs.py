@@ -219,7 +219,7 @@ class TestReport:
         assert "slower: attention fake fp32 forward: slower than peer" in report.summary_text(made)
 
     def test_few_samples_make_the_verdict_unsure(self, monkeypatch):
-        probes = iter([100.0, 100.0, 100.0] + [100.0, 50.0] * 9)
+        probes = iter([100.0] * 3 + [50.0, 100.0] * 9)  # the first two samples count, one of each
         machine = peaks.Peaks(1, 0.001, 2**20)
         monkeypatch.setattr(machine, "probe", lambda bound: lambda: next(probes))
         result = runner.run_case(make_case(gpt4v_fast=right, peer=right), machine, command.QUICK, runner.Progress(1))
