@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyproject.toml
 
-.PHONY: demo test test-slow sanitized test-sanitize test-sanitized lint format bench build wheel clean
+.PHONY: demo test test-slow test-gpu sanitized test-sanitize test-sanitized lint format bench build wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,11 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# Where there is a GPU: the Triton tests on it instead of in the interpreter, and the ops on its tensors.
+test-gpu: export GPT4V_FAST_TEST_DEVICE = cuda
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m "not slow" tests/test_gpu.py tests/test_triton_*.py
 
 # The kernels again, built with AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
 SANITIZED := build/sanitized

@@ -122,6 +122,10 @@ SHAPES = (
     # Caches of 32 and 64 MiB, taken in turn: a decoder finds its cache in memory, not in a processor's cache.
     Shape("decode_h32_kv8_t8192_d128", 1, 32, 1, 128, Hkv=8, T=8192, directions=("forward",), copies=8),
     Shape("smallest_h4_s16_d32", 1, 4, 16, 32, directions=("forward",)),
+    Shape("gpu_b4_h16_s4096_d128_causal", 4, 16, 4096, 128, mask="causal", dtypes=("bf16",), part="gpu"),
+    Shape("gpu_b4_h32_s4096_d64", 4, 32, 4096, 64, dtypes=("bf16",), part="gpu"),
+    Shape("gpu_b16_h16_s577_d64", 16, 16, 577, 64, dtypes=("bf16",), part="gpu"),
+    Shape("gqa_gpu_b2_h32_kv8_s8192_d128_causal", 2, 32, 8192, 128, Hkv=8, mask="causal", dtypes=("bf16",), part="gpu"),
     Shape("quick_causal", 1, 4, 96, 32, Hkv=2, mask="causal", part="quick"),
     Shape("quick_images", 1, 2, 64, 32, mask="images", directions=("forward",), part="quick"),
     Shape("quick_decode", 1, 4, 1, 32, Hkv=2, T=128, directions=("forward",), copies=2, part="quick"),
@@ -168,7 +172,7 @@ def prefix(inputs: Inputs, tokens: int) -> Inputs:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     Hkv = shape.Hkv or shape.H
 
     def random(*size: int) -> torch.Tensor:
@@ -197,7 +201,7 @@ def expected(inputs: Inputs, direction: str) -> list[Expected]:
     out = reference.attention(*leaves, mask=mask)
     assert isinstance(out, torch.Tensor)
     with torch.no_grad():
-        allowed = mask.dense(shape.S, shape.keys)
+        allowed = mask.dense(shape.S, shape.keys, device=inputs["q"].device)
         allowed = allowed if allowed.dim() == 2 else allowed[:, None]
         dout = None if direction == "forward" else part["upstream"].float()
         q, k, v = (x.float() for x in leaves)  # enough for a scale, and twice as fast

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import gpt4v_fast as gf
 
 from . import engines
-from .registry import Case, Contender, Function, Inputs, Run, Unavailable, timed
+from .registry import Case, Contender, Function, Inputs, Outputs, Run, Unavailable, timed
 
 if TYPE_CHECKING:
     from .attention import Shape
@@ -40,6 +41,21 @@ def _sdpa(case: Case, inputs: Inputs) -> Run:
     return _make(
         lambda x: F.scaled_dot_product_attention(x["q"], x["k"], x["v"], attn_mask=dense, is_causal=causal, **gqa)
     )(case, inputs)
+
+
+def _sdpa_by(backend: SDPBackend) -> Callable[[Case, Inputs], Run]:
+    """SDPA by one of its GPU backends; where that does not take the call torch says so."""
+
+    def make(case: Case, inputs: Inputs) -> Run:
+        run = _sdpa(case, inputs)
+
+        def of_backend() -> Outputs:
+            with sdpa_kernel(backend):
+                return run()
+
+        return of_backend
+
+    return make
 
 
 def _dense(shape: Shape) -> torch.Tensor | None:
@@ -70,12 +86,13 @@ def _sdpa_folded(case: Case, inputs: Inputs) -> Run:
 
 def _flex(case: Case, inputs: Inputs) -> Run:
     """FlexAttention compiled for this size, its block mask made beforehand."""
-    _inference_only("FlexAttention", case)
+    if not inputs["q"].is_cuda:
+        _inference_only("FlexAttention", case)
     shape: Shape = inputs["shape"]
     rule = _mask_rule(shape)
     blocks = None
     if rule is not None:
-        blocks = create_block_mask(rule, shape.B, None, shape.S, shape.keys, device="cpu")
+        blocks = create_block_mask(rule, shape.B, None, shape.S, shape.keys, device=inputs["q"].device.type)
     with warnings.catch_warnings():  # torch's own, of its own parts
         warnings.simplefilter("ignore", DeprecationWarning)
         compiled = torch.compile(flex_attention, dynamic=False)
@@ -125,6 +142,8 @@ def contenders(shape: Shape) -> tuple[Contender, ...]:
     return (
         *found,
         Contender("FlexAttention, compiled", _flex, compiled=True),
-        Contender("OpenVINO", _engine("OpenVINO", engines.openvino)),
-        Contender("ONNX Runtime", _engine("ONNX Runtime", engines.onnxruntime)),
+        Contender("OpenVINO", _engine("OpenVINO", engines.openvino), devices=("cpu",)),
+        Contender("ONNX Runtime", _engine("ONNX Runtime", engines.onnxruntime), devices=("cpu",)),
+        Contender("SDPA, flash", _sdpa_by(SDPBackend.FLASH_ATTENTION), devices=("cuda",)),
+        Contender("SDPA, cuDNN", _sdpa_by(SDPBackend.CUDNN_ATTENTION), devices=("cuda",)),
     )

@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
     )
     parser.add_argument("--rounds", type=int, help="samples of each contender that must count (default 7)")
     parser.add_argument("--threads", type=int, help="threads of every contender (default: torch's)")
+    parser.add_argument(
+        "--device", choices=registry.DEVICES, default="cpu", help="cuda: the GPU's own cases, or those of --quick or --all"
+    )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--quick", action="store_true", help="small shapes and few rounds: a look, not a measurement")
     part.add_argument("--all", action="store_true", help="the whole grid of sizes, which takes hours; see --resume")
@@ -75,7 +78,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         dtypes=args.dtype,
         names=args.case,
         directions=args.direction,
-        part=next((part for part in ("quick", "all", "curves") if getattr(args, part)), "default"),
+        part=next((part for part in ("quick", "all", "curves") if getattr(args, part)), _usual_part(args.device)),
     )
     if args.list:
         print("\n".join(case.id for case in cases))
@@ -94,6 +97,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         threads=args.threads or torch.get_num_threads(),
         settings=_settings(args),
         read_bytes=QUICK_READ_BYTES if args.quick else READ_BYTES,
+        device=args.device,
         command=command,
         earlier=record.read(file) if args.resume and file is not None and file.exists() else None,
         on_result=on_result,
@@ -102,6 +106,12 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
     if not made["complete"]:
         return 130
     return 1 if any(_ours_went_wrong(result) for result in made["results"]) else 0
+
+
+def _usual_part(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: expected cpu, since torch sees no GPU here, got cuda")
+    return "gpu" if device == "cuda" else "default"
 
 
 def _settings(args: argparse.Namespace) -> timing.Settings:

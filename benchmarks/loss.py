@@ -21,6 +21,7 @@ TRAINING = ("forward+backward",)
 # of a weight with more elements than CHECK_WEIGHT its first rows.
 CHECK_LIMIT = 2e10
 CHECK_TOKENS = 64
+GPU_CHECK_TOKENS = 1024  # so many that their logits take the way of the real problem
 CHECK_WEIGHT = 10**8
 CHUNK = 128  # tokens whose fp64 logits exist at a time, where a product makes them
 GIVEN_CHUNK = 16  # and where they are given: few enough to stay in the cache
@@ -76,6 +77,15 @@ DEFAULT = (
     Shape("n1024_v49152", 1024, 49152),
     Shape("n1024_v50257", 1024, 50257),
     Shape("n256_v262144", 256, 262144),
+    # On a GPU: the heads of Llama 3 8B, Gemma 2B (the size of cut-cross-entropy's paper), Llama 2 7B and SmolLM2-135M.
+    Shape("gpu_n8192_v128256_e4096", 8192, 128256, 4096, dtypes=("bf16",), part="gpu"),
+    Shape("gpu_n8192_v128256_e4096_ignored90", 8192, 128256, 4096, 0.9, ("bf16",), TRAINING, "gpu"),
+    Shape("gpu_n8192_v256000_e2304", 8192, 256000, 2304, dtypes=("bf16",), part="gpu"),
+    Shape("gpu_n4096_v32000_e4096", 4096, 32000, 4096, dtypes=("bf16",), part="gpu"),
+    Shape("gpu_n2048_v49152_e576", 2048, 49152, 576, part="gpu"),
+    Shape("gpu_n256_v32000_e2048", 256, 32000, 2048, dtypes=("bf16",), part="gpu"),
+    Shape("gpu_n8192_v128256", 8192, 128256, part="gpu"),
+    Shape("gpu_n8192_v50257", 8192, 50257, dtypes=("bf16",), part="gpu"),
     Shape("quick_linear", 48, 515, 64, 0.25, part="quick"),
     Shape("quick_logits", 48, 515, ignored=0.25, part="quick"),
 )
@@ -127,7 +137,7 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
     """Logits of a spread of about 2, as a trained model's; the ignored labels come first, as a prompt does."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def random(*size: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(size, generator=generator) * scale).to(dtype)
@@ -145,7 +155,8 @@ def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
 
 def first_tokens(inputs: Inputs) -> Inputs:
     """The same problem for a few tokens that count and, where the weight is very large, fewer classes."""
-    rows = (inputs["target"] != IGNORE).nonzero()[:CHECK_TOKENS, 0]
+    tokens = GPU_CHECK_TOKENS if inputs["target"].is_cuda else CHECK_TOKENS
+    rows = (inputs["target"] != IGNORE).nonzero()[:tokens, 0]
     small = dict(inputs)
     for name in ("hidden", "logits", "target"):
         if name in inputs:

@@ -1,7 +1,9 @@
 """The ways to both losses that are timed side by side: ours, PyTorch's own, compiled ones, cut-cross-entropy's.
 
 Apple's cut-cross-entropy has one backend that runs on a CPU, "torch_compile": it drops ignored rows, then compiles the
-product and F.cross_entropy of its fp32 result.
+product and F.cross_entropy of its fp32 result. On a GPU it is "cce", in Triton, which leaves out gradients that are small
+(its default) or, with filter_eps=None, none. Liger's fused loss runs on a GPU alone; its loss of given logits is not here,
+for it overwrites them and could not be called twice.
 """
 
 from __future__ import annotations
@@ -69,6 +71,28 @@ def _cut_cross_entropy(case: Case, inputs: Inputs) -> Run:
     return _linear(torch_compile_linear_cross_entropy)(case, inputs)
 
 
+def _cut_cross_entropy_triton(**options: Any) -> Callable[[Case, Inputs], Run]:
+    def make(case: Case, inputs: Inputs) -> Run:
+        try:
+            from cut_cross_entropy import linear_cross_entropy
+        except ImportError as error:
+            missing = (error.name or "cut_cross_entropy").split(".")[0]
+            raise Unavailable(f'{missing} is not installed (pip install "gpt4v_fast[bench-peers]")') from None
+        if case.dtype == torch.float32:
+            raise Unavailable("cut-cross-entropy's Triton kernels take bf16 and fp16")
+        return _linear(lambda h, w, y: linear_cross_entropy(h, w, y, impl="cce", **options))(case, inputs)
+
+    return make
+
+
+def _liger(case: Case, inputs: Inputs) -> Run:
+    try:
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable(f"{(error.name or 'liger_kernel').split('.')[0]} is not installed") from None
+    return _linear(lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y))(case, inputs)
+
+
 def _logits_bytes(per_logit: Callable[[bool, int], float], rows: str = "N") -> Callable[[Case], float]:
     """An estimate for `Contender.extra_bytes` from bytes per logit, given whether it is the forward pass alone and the
     dtype's bytes."""
@@ -108,6 +132,11 @@ def linear_contenders(direction: str) -> tuple[Contender, ...]:
             "F.linear_cross_entropy, compiled", _compiled(_torch_linear), compiled=True, extra_bytes=_of_compiled
         ),
         Contender("cut-cross-entropy, torch_compile", _cut_cross_entropy, compiled=True, extra_bytes=_of_counted),
+        Contender("cut-cross-entropy, cce", _cut_cross_entropy_triton(), compiled=True, devices=("cuda",)),
+        Contender(
+            "cut-cross-entropy, cce, exact", _cut_cross_entropy_triton(filter_eps=None), compiled=True, devices=("cuda",)
+        ),
+        Contender("Liger, fused linear", _liger, compiled=True, devices=("cuda",)),
     )
 
 
@@ -115,10 +144,20 @@ def _logits(function: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[
     return _make(lambda x: function(x["logits"], x["target"]))
 
 
+def _of_float(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), target)
+
+
 LOGITS_CONTENDERS = (
     Contender("gpt4v_fast", _logits(gf.cross_entropy), ours=True),
     Contender("F.cross_entropy", _logits(F.cross_entropy)),
     Contender(
         "F.cross_entropy(logits.float())", _logits(lambda logits, target: F.cross_entropy(logits.float(), target))
+    ),
+    Contender(
+        "F.cross_entropy(logits.float()), compiled",
+        lambda case, inputs: _logits(torch.compile(_of_float, dynamic=False))(case, inputs),
+        compiled=True,
+        devices=("cuda",),
     ),
 )

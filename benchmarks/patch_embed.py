@@ -63,6 +63,8 @@ SHAPES = (
     Shape("b4_448px_p14_e1152", 4, 448, 14, 1152, directions=("forward",)),
     Shape("b8_336px_p14_e1024_float", 8, 336, 14, 1024, pixels=torch.float32, directions=("forward",)),
     Shape("video_b1_f8_224px_p14_e1280", 1, 224, 14, 1280, frames=8, Pt=2, directions=("forward",)),
+    Shape("gpu_b64_336px_p14_e1024", 64, 336, 14, 1024, part="gpu"),
+    Shape("gpu_b8_224px_p16_e768", 8, 224, 16, 768, dtypes=("bf16",), part="gpu"),
     Shape("quick_image", 2, 28, 7, 48, part="quick"),
     Shape("quick_video", 1, 14, 7, 32, frames=4, Pt=2, directions=("forward",), part="quick"),
 )
@@ -97,7 +99,7 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     frames = (shape.frames,) if shape.frames else ()
     depth = (shape.Pt,) if shape.frames else ()
     size = (shape.B, 3, *frames, shape.size, shape.size)
@@ -142,9 +144,8 @@ def _patches(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """(tokens, depth): the normalised pixels of every patch, in fp64."""
     view = (3,) + (1,) * (pixels.dim() - 2)
     rescale = 1 / 255 if pixels.dtype == torch.uint8 else 1.0
-    normal = (pixels.double() * rescale - torch.tensor(MEAN).double().view(view)) / torch.tensor(STD).double().view(
-        view
-    )
+    mean, std = (torch.tensor(x, dtype=torch.float32, device=pixels.device).double().view(view) for x in (MEAN, STD))
+    normal = (pixels.double() * rescale - mean) / std
     if pixels.dim() == 4:
         normal, weight = normal[:, :, None], weight[:, :, None]
     return reference.unfold_patches(normal, weight.shape[2:]).flatten(0, 1)
@@ -170,8 +171,8 @@ def _normalise(x: Inputs) -> torch.Tensor:
     pixels = x["pixels"]
     view = (3,) + (1,) * (pixels.dim() - 2)
     rescale = 1 / 255 if pixels.dtype == torch.uint8 else 1.0
-    std = torch.tensor(STD).view(view)
-    shift = torch.tensor(MEAN).view(view) / std
+    std = torch.tensor(STD, device=pixels.device).view(view)
+    shift = torch.tensor(MEAN, device=pixels.device).view(view) / std
     normal = pixels.to(torch.float32, copy=True).mul_(rescale / std).sub_(shift)
     return normal.to(x["weight"].dtype)
 

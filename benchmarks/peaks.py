@@ -6,12 +6,17 @@ ISA without bf16 products "dot_bf16" is the FMA peak: bf16 is widened there.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
 from gpt4v_fast._native import _C, view
+
+from . import memory
 
 UNITS = {"fma": "GFLOP/s", "dot_bf16": "GFLOP/s", "read": "GB/s"}
 READ_BYTES = 256 * 2**20  # several times a last-level cache
@@ -19,7 +24,9 @@ HANDOFF_S = 5e-4
 
 
 class Peaks:
-    """The probes for a number of threads; each call of one takes about `seconds`."""
+    """The probes for a number of threads; each call of one takes about `seconds`. gpu.py has those of a GPU."""
+
+    device = "cpu"
 
     def __init__(self, threads: int, seconds: float, read_bytes: int = READ_BYTES) -> None:
         self.threads, self.seconds, self.read_bytes = threads, seconds, read_bytes
@@ -46,6 +53,20 @@ class Peaks:
         virtual machine's cores may be either from one second to the next.
         """
         return _C.handoff(min(self.seconds, HANDOFF_S)) if self.threads > 1 else 0.0
+
+    @staticmethod
+    def clock() -> float:
+        return time.perf_counter()
+
+    @staticmethod
+    def available_bytes() -> int | None:
+        """What new tensors can take; None where the system does not say."""
+        return memory.available_bytes()
+
+    @staticmethod
+    def where() -> AbstractContextManager[object]:
+        """Inputs and exact answers are made there."""
+        return contextlib.nullcontext()
 
     def measure_all(self, repeats: int = 5) -> dict[str, float]:
         """The best of some repeats of every probe: what an undisturbed moment of this machine reaches."""

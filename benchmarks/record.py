@@ -24,12 +24,16 @@ from .timing import Measurement, Settings, Timing
 
 SCHEMA = 3  # 3: extra memory; 2: error is in shares of what rounding explains (check.py); 1: of the row's scale
 SAME = 0.02  # a difference that is not worth a word
-PEERS = ("cut-cross-entropy", "openvino", "onnxruntime", "onnx")
+PEERS = ("cut-cross-entropy", "liger-kernel", "openvino", "onnxruntime", "onnx")
 # What must be the same where a run is continued: anything else would put different machines or programs side by side.
-CONTINUED = ("schema", "commit", "cpu", "cores", "isa", "threads", "versions", "environment", "settings")
+CONTINUED = (
+    "schema", "commit", "cpu", "cores", "gpus", "isa", "threads", "device", "versions", "environment", "settings"
+)  # fmt: skip
 
 
-def new(command: str, threads: int, settings: Settings, peaks: Mapping[str, float]) -> dict[str, Any]:
+def new(
+    command: str, threads: int, settings: Settings, peaks: Mapping[str, float], device: str = "cpu"
+) -> dict[str, Any]:
     """A record without results."""
     machine = doctor.machine()
     return {
@@ -42,6 +46,7 @@ def new(command: str, threads: int, settings: Settings, peaks: Mapping[str, floa
         "gpus": machine["gpus"],
         "isa": machine["isa"],
         "threads": threads,
+        "device": device,
         "versions": {"gpt4v_fast": gf.__version__, **doctor.versions(), **_peer_versions()},
         "environment": doctor.environment(),
         "load": {"before": load(), "after": None},

@@ -23,9 +23,10 @@ MODULES = {
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
-# What one run takes: tiny cases for tests and a first look, the usual record, that and the rest of the grid, or series
-# of cases that make curves.
-PARTS = {"quick": ("quick",), "default": ("default",), "all": ("default", "all"), "curves": ("curves",)}
+# What one run takes: tiny cases for tests and a first look, the usual record, that and the rest of the grid, series of
+# cases that make curves, or the usual record of a GPU.
+PARTS = {"quick": ("quick",), "default": ("default",), "all": ("default", "all"), "curves": ("curves",), "gpu": ("gpu",)}
+DEVICES = ("cpu", "cuda")
 
 TRIALS = 3  # calls of each setting of a contender that has several
 
@@ -57,6 +58,7 @@ class Contender:
         compiled: its first call on new inputs compiles.
         extra_bytes: an estimate of what a call takes beside inputs and results; where that is not there it is not run.
         budget_share: of the seconds that the run grants a single call, beyond which it is not timed again.
+        devices: where it can run at all.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Contender:
     compiled: bool = False
     extra_bytes: Callable[[Case], float] = lambda case: 0.0
     budget_share: float = 1.0
+    devices: tuple[str, ...] = DEVICES
 
 
 class Point(NamedTuple):
@@ -90,7 +93,7 @@ class Case:
         expected: exact values of (parts of) the outputs for these inputs.
         check_inputs: smaller inputs to check on where the exact answer of the real ones would take too long.
         copies: how many copies of the inputs the calls take in turn, so that they come from memory, not from a cache.
-        part: one of "quick", "default", "all" and "curves" (PARTS).
+        part: one of "quick", "default", "all", "curves" and "gpu" (PARTS).
         point: of a curve.
         warm_up_inputs: tiny inputs of the same kind.
         measures_memory: a call's extra memory is measured too (memory.py).
@@ -128,6 +131,9 @@ class Case:
     def work(self) -> float:
         """What is divided by time and compared with the peak: GFLOP, or GB where memory is the bound."""
         return 1e-9 * (self.bytes if self.bound == "read" else self.flops)
+
+    def contenders_on(self, device: str) -> tuple[Contender, ...]:
+        return tuple(contender for contender in self.contenders if device in contender.devices)
 
     def __str__(self) -> str:
         return self.id

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import itertools
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 
 import gpt4v_fast as gf
 
-from . import check, memory, record, timing
+from . import check, gpu, memory, record, timing
 from .peaks import READ_BYTES, UNITS, Peaks
 from .registry import Case, Chosen, Contender, Inputs, Outputs, Run, Unavailable
 
@@ -67,11 +66,12 @@ def run_cases(
     threads: int,
     settings: timing.Settings,
     read_bytes: int = READ_BYTES,
+    device: str = "cpu",
     command: str = "",
     earlier: Mapping[str, Any] | None = None,
     on_result: Callable[[Progress, dict[str, Any]], None] = lambda progress, record: None,
 ) -> dict[str, Any]:
-    """Times every case on `threads` threads and returns the record that report.py shows.
+    """Times every case on `threads` threads, or on a GPU, and returns the record that report.py shows.
 
     A fallback to the slow reference is an error here (strict mode), so that no time is taken of the wrong kernel.
 
@@ -83,11 +83,11 @@ def run_cases(
     Raises:
         ValueError: the earlier record's conditions are others.
     """
-    peaks = Peaks(threads, settings.probe_s, read_bytes)
+    peaks = gpu.GpuPeaks() if device == "cuda" else Peaks(threads, settings.probe_s, read_bytes)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        made = record.new(command, threads, settings, peaks.measure_all())
+        made = record.new(command, threads, settings, peaks.measure_all(), device)
         if earlier is not None:
             made = record.continued(made, earlier)
         done = {record.result_id(result) for result in made["results"] if record.settled(result)}
@@ -114,20 +114,26 @@ def run_cases(
 
 def run_case(
     case: Case,
-    peaks: Peaks,
+    peaks: Peaks | gpu.GpuPeaks,
     settings: timing.Settings,
     progress: Progress,
     server: memory.Server | None = None,
 ) -> dict[str, Any]:
-    """Checks and times one case, and measures its memory where it asks for that and there is a server for it."""
+    """Checks and times one case, and measures its memory where it asks for that and, on a CPU, there is a server for it."""
     if "torch._dynamo" in sys.modules:
         # Compiled functions of earlier cases would count against the limit behind which it stops compiling.
         torch._dynamo.reset()
-    rows = {contender.name: _row(case, contender, settings, server) for contender in case.contenders}
+    on_gpu = peaks.device == "cuda"
+    contenders = case.contenders_on(peaks.device)
+    rows = {
+        contender.name: _row(case, contender, settings, None if on_gpu else server, peaks.available_bytes())
+        for contender in contenders
+    }
     runs: dict[str, Run] = {}
-    ready = [contender for contender in case.contenders if rows[contender.name]["status"] == "timed"]
-    inputs = case.make_inputs() if ready else {}
-    for contender, error, reason in checked(case, inputs, ready):
+    ready = [contender for contender in contenders if rows[contender.name]["status"] == "timed"]
+    with peaks.where():
+        inputs = case.make_inputs() if ready else {}
+    for contender, error, reason in checked(case, inputs, ready, peaks.where):
         row = rows[contender.name]
         row["error"] = error
         if reason:
@@ -139,9 +145,12 @@ def run_case(
         if seconds is None or seconds <= limit_s:
             run = in_turn(case, contender, inputs)
             row["setting"] = getattr(run, "setting", None)
-            seconds = timing.time_calls(run, 2 if contender.compiled else 1, time.perf_counter)  # also warms it up
-            if contender.compiled:
-                seconds = timing.time_calls(run, 1, time.perf_counter)
+            slow_start = contender.compiled or on_gpu
+            seconds = timing.time_calls(run, 2 if slow_start else 1, peaks.clock)  # also warms it up
+            if slow_start:
+                seconds = timing.time_calls(run, 1, peaks.clock)
+            if on_gpu and case.measures_memory:
+                row["extra_bytes"] = gpu.extra_bytes(run)
         if seconds > limit_s:
             row |= {"status": "over budget", "reason": f"one call took {seconds:.1f} s, the limit is {limit_s:g} s"}
         else:
@@ -149,8 +158,9 @@ def run_case(
     measured = timing.Measurement({}, ())
     if runs:
         measured = timing.measure(
-            runs, peaks.probe(case.bound), settings, handoff_ns=peaks.handoff_ns, on_sample=progress.sample
-        )
+            runs, peaks.probe(case.bound), settings,
+            handoff_ns=peaks.handoff_ns, clock=peaks.clock, on_sample=progress.sample,
+        )  # fmt: skip
     for name, taken in measured.timings.items():
         rows[name] |= record.timing_fields(taken, case.work, measured.peak)
         if not taken.samples_s:
@@ -160,7 +170,13 @@ def run_case(
     return record.result(case, UNITS[case.bound], measured, list(rows.values()))
 
 
-def _row(case: Case, contender: Contender, settings: timing.Settings, server: memory.Server | None) -> dict[str, Any]:
+def _row(
+    case: Case,
+    contender: Contender,
+    settings: timing.Settings,
+    server: memory.Server | None,
+    available: int | None,
+) -> dict[str, Any]:
     """A contender's row before anything is checked or timed: its memory, and why it can't be timed, if it can't."""
     row = {
         "name": contender.name,
@@ -173,7 +189,7 @@ def _row(case: Case, contender: Contender, settings: timing.Settings, server: me
         "one_call_s": None,
         "setting": None,
     }
-    needed, available = case.resident_bytes + contender.extra_bytes(case), memory.available_bytes()
+    needed = case.resident_bytes + contender.extra_bytes(case)
     if available is not None and needed > LARGEST_SHARE * available:
         why = f"it takes about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
         return row | {"status": "skipped", "reason": why}
@@ -186,14 +202,18 @@ def _row(case: Case, contender: Contender, settings: timing.Settings, server: me
 
 
 def checked(
-    case: Case, inputs: Inputs, contenders: Sequence[Contender]
+    case: Case,
+    inputs: Inputs,
+    contenders: Sequence[Contender],
+    where: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Iterator[tuple[Contender, float | None, tuple[str, str] | None]]:
     """Each of these contenders with its error, in shares of what is allowed, or with (status, reason) why it is not
-    timed."""
+    timed. The exact answer is made in where()."""
     if not contenders:
         return
-    check_inputs = case.check_inputs(inputs) if case.check_inputs else inputs
-    expected = case.expected(check_inputs)
+    with where():
+        check_inputs = case.check_inputs(inputs) if case.check_inputs else inputs
+        expected = case.expected(check_inputs)
     for contender in contenders:
         try:
             outputs = contender.make(case, check_inputs)()

@@ -17,13 +17,13 @@ CASES = [case for case in registry.cases(part="quick") if case.direction != "bac
     [
         pytest.param(case, contender, id=f"{case.id}/{contender.name}")
         for case in CASES
-        for contender in case.contenders
+        for contender in case.contenders_on("cpu")
     ],
 )
 def test_bench(benchmark, case, contender):
     benchmark.group = case.id
     with gf.strict():
-        for checked, error, reason in runner.checked(case, case.make_inputs(), case.contenders):
+        for checked, error, reason in runner.checked(case, case.make_inputs(), case.contenders_on("cpu")):
             if checked.name == contender.name:
                 if reason is not None and reason[0] == "unavailable":
                     pytest.skip(reason[1])

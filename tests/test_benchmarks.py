@@ -125,7 +125,7 @@ class TestRegistry:
         (case,) = registry.cases(part="curves", names=["curve_documents64"], dtypes=["fp32"], directions=["forward"])
         small = case.check_inputs(case.make_inputs())
         assert small["q"].shape == (1, 2, curves.CHECK_TOKENS, 64) and small["shape"].S == curves.CHECK_TOKENS
-        errors = {c.name: error for c, error, _ in runner.checked(case, case.make_inputs(), case.contenders)}
+        errors = {c.name: error for c, error, _ in runner.checked(case, case.make_inputs(), case.contenders_on("cpu"))}
         assert set(errors) == {"gpt4v_fast", "SDPA"} and all(error <= 1 for error in errors.values())
 
     def test_inputs_are_the_same_at_every_call(self):
@@ -149,7 +149,7 @@ class TestRegistry:
     def test_a_contender_that_is_not_installed_says_how_to_get_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cut_cross_entropy.torch_compile", None)
         (case,) = registry.cases(names=["quick_linear"], dtypes=["fp32"], directions=["forward"], part="quick")
-        (absent,) = [contender for contender in case.contenders if contender.name.startswith("cut-cross-entropy")]
+        (absent,) = [contender for contender in case.contenders_on("cpu") if contender.name.startswith("cut-cross-entropy")]
         with pytest.raises(Unavailable, match=r'not installed \(pip install "gpt4v_fast\[bench-peers\]"\)'):
             absent.make(case, case.make_inputs())
 
@@ -300,7 +300,7 @@ class TestCheck:
     def test_every_contender_passes_and_wrong_ones_do_not(self, case):
         """Wrong in one output each: half of it; rows in each other's place; of 8, 11, 24 bits only 2, 6, 11."""
         inputs = case.make_inputs()
-        for contender, error, reason in runner.checked(case, inputs, case.contenders):
+        for contender, error, reason in runner.checked(case, inputs, case.contenders_on("cpu")):
             assert (error is not None and error <= 1) or (reason[0] == "unavailable" and not contender.ours), contender
         expected, right = case.expected(inputs), case.contenders[0].make(case, inputs)()
         bits = {torch.float32: 11, torch.bfloat16: 2, torch.float16: 6}[case.dtype]

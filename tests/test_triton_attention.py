@@ -13,7 +13,7 @@ from closeness import Spreads, assert_close, compare
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_rounding import BITS, RandomRounding
-from triton_interpreter import call, launch, launch_without_widening, launches
+from triton_interpreter import call, interpreter_only, launch, launch_without_widening, launches
 
 from gpt4v_fast import reference
 
@@ -233,6 +233,7 @@ def test_same_bits_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@interpreter_only
 @pytest.mark.parametrize("dtype", [torch.float32, FP16, BF16], ids=["fp32", "fp16", "bf16"])
 def test_what_the_interpreter_does_without_a_widening_dot(dtype):
     """triton#11584: right in fp32 and fp16; bf16 is multiplied as the integers that its bits spell.
@@ -255,6 +256,7 @@ def test_what_the_interpreter_does_without_a_widening_dot(dtype):
         assert_close(out, exact[0], native, spread=spread)
 
 
+@interpreter_only
 def test_the_guard_sees_a_read_outside():
     """A launcher lied to about its strides reads past k's end; the worker must say so."""
     with pytest.raises(Exception, match="outside every tensor of the launch"):

@@ -26,7 +26,7 @@ from loss_cases import (
 )
 from loss_cases import LinearCase as Case
 from random_rounding import BITS
-from triton_interpreter import call, launch
+from triton_interpreter import ON_GPU, call, launch, place
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast.kernels import configs
@@ -328,7 +328,8 @@ def test_bad_labels_are_nan_and_remembered():
     assert gradient[1, 1:].isnan().all() and gradient[0].isfinite().all() and gradient[1, 0].isfinite().all()
     first, none, shifted = errors
     assert first == (
-        "target: expected labels in [0, 5) or ignore_index, got 55 at place 4 of the flattened target on cpu"
+        "target: expected labels in [0, 5) or ignore_index, got 55 at place 4 of the flattened target on "
+        + ("cuda:0" if ON_GPU else "cpu")
     )
     assert none == ""
     assert "got 7 at place 1 of the flattened target" in shifted
@@ -336,8 +337,9 @@ def test_bad_labels_are_nan_and_remembered():
 
 def test_explain_names_the_way_and_why():
     small, large = call(_explained)
-    assert small.startswith("linear_cross_entropy: kernels.linear_cross_entropy_products [triton] on CPU (Triton")
-    assert large.startswith("linear_cross_entropy: kernels.linear_cross_entropy [triton] on CPU (Triton interpreter)")
+    where = call(place)
+    assert small.startswith(f"linear_cross_entropy: kernels.linear_cross_entropy_products [triton] on {where}")
+    assert large.startswith(f"linear_cross_entropy: kernels.linear_cross_entropy [triton] on {where}")
     why = "not kernels.linear_cross_entropy_products: the fp32 logits need more than 32 MiB"
     assert why in large and why not in small
 

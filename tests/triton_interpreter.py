@@ -12,6 +12,9 @@ The worker differs from a plain interpreter in five ways, three to compute what 
   * a dot with input_precision "tf32x3" multiplies as it does on NVIDIA: three products of tf32 halves, not one in fp32.
   * every element that a kernel reads or writes must lie inside one of the tensors that it was given.
   * `torch.empty` is filled with NaN, so that an output nobody wrote is seen.
+
+GPT4V_FAST_TEST_DEVICE=cuda (`make test-gpu`) runs the same tests on a GPU: the worker moves the tensors there, strides and
+all, compiles the kernels, and moves the results back. `interpreter_only` marks what only the interpreter can show.
 """
 
 from __future__ import annotations
@@ -28,7 +31,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
+
+ON_GPU = os.environ.get("GPT4V_FAST_TEST_DEVICE", "cpu") == "cuda"
+interpreter_only = pytest.mark.skipif(ON_GPU, reason="about Triton's interpreter, and this run is on a GPU")
 
 
 @functools.cache
@@ -75,15 +82,45 @@ def _run(job: bytes) -> bytes:
     with warnings.catch_warnings():
         # NumPy remarks on log(0) and inf - inf, which kernels ask for and then select away.
         warnings.simplefilter("ignore", RuntimeWarning)
-        return pickle.dumps(function(*args, **kwargs))
+        if not ON_GPU:
+            return pickle.dumps(function(*args, **kwargs))
+        function, args, kwargs = _moved((function, args, kwargs), "cuda")
+        with torch.device("cuda"):
+            return pickle.dumps(_moved(function(*args, **kwargs), "cpu"))
+
+
+def _moved(value: Any, device: str, storages: dict[int, torch.UntypedStorage] | None = None) -> Any:
+    """`value` with its tensors on a device, views of one storage still views of one, strides and offsets as they are."""
+    storages = {} if storages is None else storages
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        copy = storages.setdefault(storage._cdata, storage.to(device=torch.device(device)))
+        moved = torch.empty(0, dtype=value.dtype, device=device)
+        moved.set_(copy, value.storage_offset(), value.shape, value.stride())
+        return moved.requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {name: _moved(x, device, storages) for name, x in value.items()}
+    if isinstance(value, (list, tuple)):
+        moved_items = [_moved(x, device, storages) for x in value]
+        return type(value)(*moved_items) if hasattr(value, "_fields") else type(value)(moved_items)
+    return value
+
+
+def place() -> str:
+    """What `explain` says of where the kernels of the worker run."""
+    return torch.cuda.get_device_name() if ON_GPU else "CPU (Triton interpreter)"
 
 
 def _start() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
     os.environ["GPT4V_FAST_BACKEND"] = "triton"
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if ON_GPU:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # what cuBLAS asks for where results must repeat
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.use_deterministic_algorithms(True)
     _repair_dot()
     _round_to_bf16()
     _guard_memory()
@@ -205,18 +242,18 @@ def _extent(tensor: torch.Tensor) -> tuple[int, int]:
 @contextlib.contextmanager
 def launches() -> Iterator[list[str]]:
     """In the worker: the names of the kernels that are launched in the block."""
-    from triton.runtime import interpreter
+    from triton.runtime import interpreter, jit
 
     names: list[str] = []
-    executor = interpreter.GridExecutor
-    plain = executor.__call__
+    launcher, method = (jit.JITFunction, "run") if ON_GPU else (interpreter.GridExecutor, "__call__")
+    plain = getattr(launcher, method)
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(self.fn.__name__)
         return plain(self, *args, **kwargs)
 
-    executor.__call__ = recorded
+    setattr(launcher, method, recorded)
     try:
         yield names
     finally:
-        executor.__call__ = plain
+        setattr(launcher, method, plain)
