@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
     parser.add_argument("--rounds", type=int, help="samples of each contender that must count (default 7)")
     parser.add_argument("--threads", type=int, help="threads of every contender (default: torch's)")
     parser.add_argument(
-        "--device", choices=registry.DEVICES, default="cpu", help="cuda: the GPU's own cases, or those of --quick or --all"
+        "--device",
+        choices=registry.DEVICES,
+        default="cpu",
+        help="cuda: the GPU's own cases, or those of --quick or --all",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--quick", action="store_true", help="small shapes and few rounds: a look, not a measurement")

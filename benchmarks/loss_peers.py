@@ -134,7 +134,10 @@ def linear_contenders(direction: str) -> tuple[Contender, ...]:
         Contender("cut-cross-entropy, torch_compile", _cut_cross_entropy, compiled=True, extra_bytes=_of_counted),
         Contender("cut-cross-entropy, cce", _cut_cross_entropy_triton(), compiled=True, devices=("cuda",)),
         Contender(
-            "cut-cross-entropy, cce, exact", _cut_cross_entropy_triton(filter_eps=None), compiled=True, devices=("cuda",)
+            "cut-cross-entropy, cce, exact",
+            _cut_cross_entropy_triton(filter_eps=None),
+            compiled=True,
+            devices=("cuda",),
         ),
         Contender("Liger, fused linear", _liger, compiled=True, devices=("cuda",)),
     )

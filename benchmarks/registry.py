@@ -25,7 +25,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DIRECTIONS = ("forward", "backward", "forward+backward")
 # What one run takes: tiny cases for tests and a first look, the usual record, that and the rest of the grid, series of
 # cases that make curves, or the usual record of a GPU.
-PARTS = {"quick": ("quick",), "default": ("default",), "all": ("default", "all"), "curves": ("curves",), "gpu": ("gpu",)}
+PARTS = {
+    "quick": ("quick",),
+    "default": ("default",),
+    "all": ("default", "all"),
+    "curves": ("curves",),
+    "gpu": ("gpu",),
+}
 DEVICES = ("cpu", "cuda")
 
 TRIALS = 3  # calls of each setting of a contender that has several

@@ -149,7 +149,9 @@ class TestRegistry:
     def test_a_contender_that_is_not_installed_says_how_to_get_it(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cut_cross_entropy.torch_compile", None)
         (case,) = registry.cases(names=["quick_linear"], dtypes=["fp32"], directions=["forward"], part="quick")
-        (absent,) = [contender for contender in case.contenders_on("cpu") if contender.name.startswith("cut-cross-entropy")]
+        (absent,) = [
+            contender for contender in case.contenders_on("cpu") if contender.name.startswith("cut-cross-entropy")
+        ]
         with pytest.raises(Unavailable, match=r'not installed \(pip install "gpt4v_fast\[bench-peers\]"\)'):
             absent.make(case, case.make_inputs())
 

@@ -123,7 +123,9 @@ def test_patch_embed(case):
     on_device = {name: x.cuda() if case.layout == "contiguous" else _as_laid_out(x) for name, x in tensors.items()}
     assert gf.explain(gf.patch_embed, **on_device, **options).backend == "cuda"
     got = gf.patch_embed(**on_device, **options)
-    exact = reference.patch_embed(**{n: x.double() if n != "pixels" else x for n, x in tensors.items()}, **case.options())
+    exact = reference.patch_embed(
+        **{n: x.double() if n != "pixels" else x for n, x in tensors.items()}, **case.options()
+    )
     eps = max(torch.finfo(case.weight).eps, torch.finfo(got.dtype).eps)
     torch.testing.assert_close(got.cpu().double(), exact, rtol=4 * eps, atol=4 * eps * float(exact.abs().max()))
 
