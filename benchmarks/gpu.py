@@ -1,8 +1,8 @@
 """What a GPU can do at best, how its calls are timed and what memory they take: `--device cuda` of the benchmarks.
 
-The probes take the place of those of peaks.py: "fma" and "dot_bf16" are cuBLAS's product of random square matrices, fp32
-without tf32 and bf16 (a register-only loop says little of a chip that slows down under load), "read" is a copy within the
-device, bytes read and written (GB/s).
+The probes take the place of those of peaks.py: "fma" and "dot_bf16" are cuBLAS's product of random square matrices,
+fp32 without tf32 and bf16 (a register-only loop says little of a chip that slows down under load), "read" is a copy
+within the device, bytes read and written (GB/s).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ways to both losses that are timed side by side: ours, PyTorch's own, compiled ones, cut-cross-entropy's.
 
 Apple's cut-cross-entropy has one backend that runs on a CPU, "torch_compile": it drops ignored rows, then compiles the
-product and F.cross_entropy of its fp32 result. On a GPU it is "cce", in Triton, which leaves out gradients that are small
-(its default) or, with filter_eps=None, none. Liger's fused loss runs on a GPU alone; its loss of given logits is not here,
+product and F.cross_entropy of its fp32 result. On a GPU it is "cce", in Triton, which leaves out small gradients (its
+default) or, with filter_eps=None, none. Liger's fused loss runs on a GPU alone; its loss of given logits is not here,
 for it overwrites them and could not be called twice.
 """
 

@@ -119,7 +119,7 @@ def run_case(
     progress: Progress,
     server: memory.Server | None = None,
 ) -> dict[str, Any]:
-    """Checks and times one case, and measures its memory where it asks for that and, on a CPU, there is a server for it."""
+    """Checks and times one case, and measures its memory where it asks for that and, on a CPU, there is a server."""
     if "torch._dynamo" in sys.modules:
         # Compiled functions of earlier cases would count against the limit behind which it stops compiling.
         torch._dynamo.reset()

@@ -84,6 +84,12 @@ def store_tile(base, tile, rows, columns, stride, n_rows, D: tl.constexpr):
 
 
 @triton.jit
+def halves(tile):
+    """The left and the right half of the columns of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
 def last_visible(queries, n_keys, offset, CAUSAL: tl.constexpr):
     """The last key that each query may see: one number a row, so that a mask costs one comparison an element."""
     if CAUSAL:

@@ -9,6 +9,7 @@ GPU was at hand. tests/gpu_compile holds every entry to it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -81,6 +82,11 @@ class LinearCrossEntropyConfig:
     gradient: ProductTile  # of the logits
     grad_hidden: ProductTile
     grad_weight: ProductTile  # its block_m divides that of gradient, whose zeros it counts on
+
+    @property
+    def unit(self) -> int:
+        """Chunks of backward have whole blocks of every kernel."""
+        return math.lcm(*(tile.block_v for tile in (self.gradient, self.grad_hidden, self.grad_weight)))
 
 
 def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, ...]) -> AttentionConfig:
@@ -174,13 +180,16 @@ LINEAR_LOGITS: dict[tuple[str, int, bool], tuple[ProductTile, ...]] = {
     ("gfx942", 32, False): _tiles((128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
 }
 
-# (family, bits of an element, whether 16 bytes divide a row of E): grad_hidden and grad_weight.
-LINEAR_PRODUCTS: dict[tuple[str, int, bool], tuple[ProductTile, ...]] = {
+# (family, bits of an element, whether 16 bytes divide a row of E, or WIDE where 256 features do): grad_hidden and
+# grad_weight.
+WIDE = 2
+LINEAR_PRODUCTS: dict[tuple[str, int, int], tuple[ProductTile, ...]] = {
     ("sm_80", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
     ("sm_80", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
     ("sm_86", 16, True): _tiles((128, 32, 128, 8, 3), (32, 128, 128, 8, 3)),
     ("sm_86", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
     ("sm_90", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
+    ("sm_90", 16, WIDE): _tiles((128, 64, 256, 8, 3), (64, 128, 256, 8, 3)),
     ("sm_90", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
     ("sm_100", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
     ("sm_100", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
@@ -210,6 +219,18 @@ LINEAR_PRODUCT_BYTES = 32 << 20
 GRADIENT_BYTES = 24 << 20
 SUMS_BYTES = 32 << 20
 CHUNK_TOKENS = 8192
+
+# What decides how many classes a chunk has, beside the room: grad_weight's tiles should fill the multiprocessors of a
+# device to the last wave (132 on an H100 or H200; others lose a little), and grad_hidden's sums are read and written
+# once a chunk, which takes as long as its product of some 600 classes (8 bytes at 4 TB/s, 2 flops a class at 600
+# TFLOP/s).
+MULTIPROCESSORS = 132
+SUMS_CLASSES = 600
+
+# Logits that forward keeps for backward in the memory of grad_weight: of at most E tokens, if those are at least one in
+# KEPT_SHARE; and all scratch of such a call.
+KEPT_BYTES = 62 << 20
+KEPT_SHARE = 8
 
 _FAMILIES = {"sm_80": "sm_80", "sm_87": "sm_80", "sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}
 
@@ -256,7 +277,9 @@ def linear_cross_entropy(arch: str, dtype: torch.dtype, E: int, rich: bool) -> L
     if (own, bits, True) not in LINEAR_LOGITS:
         own = "cuda"
     logits = LINEAR_LOGITS[own, bits, not rich and E % 64 == 0]
-    return LinearCrossEntropyConfig(*logits, *LINEAR_PRODUCTS[own, bits, E * bits % 128 == 0])
+    aligned = LINEAR_PRODUCTS[own, bits, E * bits % 128 == 0]
+    products = LINEAR_PRODUCTS.get((own, bits, WIDE), aligned) if E % 256 == 0 else aligned
+    return LinearCrossEntropyConfig(*logits, *products)
 
 
 def linear_cross_entropy_by_products(N: int, V: int) -> bool:
@@ -273,6 +296,71 @@ def vocabulary_splits(arch: str, N: int, V: int, tile: ProductTile) -> tuple[int
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
+@functools.lru_cache(maxsize=1024)
+def _chunk_classes(most: int, unit: int, E: int, tile: ProductTile, sums: bool) -> int:
+    """Classes of a chunk, a multiple of unit and at most `most`, that take the least time each; `sums`: those of
+    grad_hidden are read and written for every chunk."""
+
+    def cost(classes: int) -> float:
+        tiles = classes // tile.block_v * -(-E // tile.block_e)
+        waves = -(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS / max(tiles, 1)
+        return waves + (SUMS_CLASSES / classes if sums else 0.0)
+
+    return min(range(most // unit * unit, 0, -unit), key=cost)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Logits that forward keeps for backward where grad_weight will stand, as 16-bit steps below the largest of a tile:
+    those of the first `tokens` counted tokens, [chunk of classes][token][class]. A chunk's rows of grad_weight are as
+    large as its logits or larger, and are written once its logits are of no more use."""
+
+    sizes: tuple[int, int, int]  # N, V, E
+    tokens: int  # in whole blocks
+    classes: int  # of a chunk
+    tile: int  # classes with one origin
+
+    @property
+    def whole(self) -> int:
+        """Chunks of so many classes; the rest is the last one, whose rows are padded to 16 elements."""
+        return self.sizes[1] // self.classes
+
+    @property
+    def elements(self) -> int:
+        """Of 16 bits, that grad_weight's memory must have: V E, and a little for the padding."""
+        _, V, E = self.sizes
+        padded = -(-(V - self.whole * self.classes) // 16) * 16
+        return max(V * E, self.whole * self.classes * E + self.tokens * padded)
+
+
+def linear_cross_entropy_kept(
+    N: int, V: int, E: int, dtype: torch.dtype, plain: bool, config: LinearCrossEntropyConfig
+) -> Kept | None:
+    """What forward keeps, or None. Only where G is rounded to bf16, which is coarser than the steps; `plain`: without a
+    bias, whose gradient is not rounded, and without a softcap, whose slope would be that of a rounded logit."""
+    block = math.lcm(config.forward.block_m, config.gradient.block_m, config.grad_hidden.block_m)
+    unit = math.lcm(config.forward.block_v, config.unit)
+    rows = -(-N // block) * block
+    most = GRADIENT_BYTES // (2 * max(rows, 1))
+    if dtype != torch.bfloat16 or not plain or N == 0 or most < unit:
+        return None
+    for tokens in range(min(rows, E // block * block), 0, -block):
+        if tokens * KEPT_SHARE < N:
+            return None
+        sums, origins = max(0, N - tokens) * E * 2, -(-V // config.forward.block_v) * tokens * 4
+        if sums > SUMS_BYTES:  # a sweep of its own for grad_hidden of the other tokens, before the rest
+            scratch = origins
+            if origins + SUMS_BYTES + GRADIENT_BYTES > KEPT_BYTES:
+                continue
+        else:
+            scratch = origins + sums
+        classes = min(most, (KEPT_BYTES - scratch) // (2 * rows), -(-V // unit) * unit)
+        if classes >= unit:
+            classes = _chunk_classes(classes, unit, E, config.grad_weight, 0 < sums <= SUMS_BYTES)
+            return Kept((N, V, E), tokens, classes, config.forward.block_v)
+    return None
+
+
 @dataclasses.dataclass(frozen=True)
 class Sweep:
     """One walk of backward over all logits, a chunk at a time; all tokens of some classes before the next classes, or,
@@ -286,11 +374,13 @@ class Sweep:
     of_bias: bool
     class_unit: int  # chunks have whole blocks of classes too
     halves: bool  # 16-bit gradients keep the lower halves of their sums beside them
+    first: int = 0  # of the N tokens, in the list of counted ones
 
     @property
     def chunks(self) -> list[tuple[int, int]]:
         """(first token, first class) of each chunk in its turn."""
-        tokens, classes = (range(0, n, step) for n, step in zip(self.sizes, (self.tokens, self.classes), strict=True))
+        tokens = range(self.first, self.first + self.sizes[0], self.tokens)
+        classes = range(0, self.sizes[1], self.classes)
         if self.keeps_all_tokens:
             return [(token, first) for first in classes for token in tokens]
         return [(token, first) for token in tokens for first in classes]
@@ -321,13 +411,15 @@ def linear_cross_entropy_sweeps(
     of_weight: bool,
     of_bias: bool,
     config: LinearCrossEntropyConfig,
+    first: int = 0,
 ) -> list[Sweep]:
-    """How backward walks over the logits, in at most GRADIENT_BYTES + SUMS_BYTES + 1/7 of either for any N and V.
+    """How backward walks over the logits of N tokens, `first` of the list being the first, in at most GRADIENT_BYTES +
+    SUMS_BYTES + 1/7 of either for any N and V.
 
     One sweep serves both products where the lower halves of grad_hidden's sums fit in SUMS_BYTES (N E up to 16.7
     million), or need no room in fp32; else each has its own and logits are computed once more.
     """
-    unit = math.lcm(*(tile.block_v for tile in (config.gradient, config.grad_hidden, config.grad_weight)))
+    unit = config.unit
     elements = GRADIENT_BYTES // itemsize
     kept = N + V if itemsize > 2 else SUMS_BYTES // (2 * max(E, 1))  # rows of sums that there is room for
 
@@ -337,7 +429,9 @@ def linear_cross_entropy_sweeps(
         tokens = max(block, min(-(-N // block) * block, CHUNK_TOKENS, kept // block * block if alone else CHUNK_TOKENS))
         classes = elements // tokens if tokens >= N or not weight else min(elements // tokens, kept)
         classes = max(unit, min(classes // unit * unit, -(-V // unit) * unit))
-        return Sweep((N, V), tokens, classes, hidden, weight, bias, unit, itemsize == 2)
+        if weight:
+            classes = _chunk_classes(classes, unit, E, config.grad_weight, hidden)
+        return Sweep((N, V), tokens, classes, hidden, weight, bias, unit, itemsize == 2, first)
 
     if of_hidden and of_weight and kept < N:
         return [sweep(True, False, False), sweep(False, True, of_bias)]

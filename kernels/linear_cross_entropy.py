@@ -20,7 +20,7 @@ the product. Theirs merges tiles under a lock; here the order of additions depen
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,6 +30,7 @@ from gpt4v_fast.kernels import configs
 from gpt4v_fast.kernels.common import (
     LN2,
     LOG2E,
+    halves,
     last_dim_contiguous,
     launch_options,
     on_device,
@@ -40,6 +41,8 @@ from gpt4v_fast.kernels.cross_entropy import capped, class_weights
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
+_VECTOR = tl.constexpr(16)  # elements in which launchers count rows of kept logits, so that they begin on 16 bytes
+_STEPS = tl.constexpr(512.0)  # of a kept logit, in an octave
 _ROWS_BLOCK = 1024  # labels that the listing program looks at together
 _MERGE_BLOCK = 128  # tokens of a merging program
 
@@ -110,6 +113,48 @@ def logits_tile(
 
 
 @triton.jit
+def kept_places(slots, start, V, E, vectors, whole, BLOCK_V: tl.constexpr):
+    """(base, places, in_row): where the kept logits of these slots and of classes start.. are (configs.Kept), counted
+    from element `base`, and which of the columns a row has."""
+    classes = vectors * _VECTOR
+    chunk = start // classes
+    width = tl.where(chunk < whole, classes, tl.cdiv(V - whole * classes, _VECTOR) * _VECTOR)
+    inside = start - chunk * classes + tl.arange(0, BLOCK_V)
+    places = slots[:, None] * width + inside[None, :]
+    return tl.cast(chunk, tl.int64) * classes * E, places, inside // _VECTOR < width // _VECTOR
+
+
+@triton.jit
+def _keep_columns(x, origin, slots, start, V, E, kept_ptr, vectors, whole):
+    base, places, in_row = kept_places(slots, start, V, E, vectors, whole, x.shape[1])
+    steps = tl.minimum(tl.maximum((origin[:, None] - x) * (_STEPS * _LOG2E) + 0.5, 0.0), 65535.0)
+    tl.store(kept_ptr + base + places, steps.to(tl.int32).to(tl.int16), mask=in_row[None, :])
+
+
+@triton.jit
+def _keep_half(x, origin, slots, start, V, E, kept_ptr, vectors, whole):
+    left, right = halves(x)
+    _keep_columns(left, origin, slots, start, V, E, kept_ptr, vectors, whole)
+    _keep_columns(right, origin, slots, start + x.shape[1] // 2, V, E, kept_ptr, vectors, whole)
+
+
+@triton.jit
+def _keep_logits(
+    x, largest, slots, start, V, E, kept_ptr, origins_ptr, tokens, vectors, whole, BLOCK_V: tl.constexpr
+):  # fmt: skip
+    """A tile of logits as 16-bit steps of 2^-9 octaves below the largest of each token: see configs.Kept. Of slots
+    without a token too, which have room in a whole block and are made zeros later."""
+    origin = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
+    tl.store(origins_ptr + tl.cast(start // BLOCK_V, tl.int64) * tokens + slots, origin)
+    if BLOCK_V > 128:  # by quarters, or there would not be registers for their places
+        left, right = halves(x)
+        _keep_half(left, origin, slots, start, V, E, kept_ptr, vectors, whole)
+        _keep_half(right, origin, slots, start + BLOCK_V // 2, V, E, kept_ptr, vectors, whole)
+    else:
+        _keep_columns(x, origin, slots, start, V, E, kept_ptr, vectors, whole)
+
+
+@triton.jit
 def _moved(sums, largest, origin, new_origin):
     """Sums of exp(z - origin) with new_origin in its place; 0 where the largest logit is -inf: nothing was added."""
     return tl.where(largest == float("-inf"), 0.0, sums * tl.exp2((origin - new_origin) * _LOG2E))
@@ -121,17 +166,19 @@ def _origin(largest, softcap, SOFTCAP: tl.constexpr):
     return tl.where(tl.abs(largest) == float("inf"), 0.0, capped(largest, softcap, SOFTCAP))
 
 
-@triton.jit(do_not_specialize=["N", "V", "splits", "tiles_per_split"])
+@triton.jit(do_not_specialize=["N", "V", "splits", "tiles_per_split", "tokens", "vectors", "whole"])
 def _linear_cross_entropy_forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, rows_ptr, counts_ptr,
-    largest_ptr, sums_ptr, smooth_ptr, best_ptr, label_ptr,
-    stride_hidden, stride_weight, depth, N, V, splits, tiles_per_split, softcap,
+    largest_ptr, sums_ptr, smooth_ptr, best_ptr, label_ptr, kept_ptr, origins_ptr,
+    stride_hidden, stride_weight, depth, N, V, splits, tiles_per_split, tokens, vectors, whole, softcap,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+    EVEN_V: tl.constexpr, KEEPS: tl.constexpr,
 ):  # fmt: skip
     """A block of counted tokens and a split of the classes: largest logit and its first column, sum of exp(z - its z),
-    with smoothing the sum of w z; each at [split, token of the list]. The logit of a label goes to [token]."""
+    with smoothing the sum of w z; each at [split, token of the list]. The logit of a label goes to [token]. Logits of
+    the first tokens are kept if asked for."""
     count = tl.load(counts_ptr).to(tl.int32)
     blocks = tl.cdiv(count, BLOCK_M)
     program = tl.program_id(0)
@@ -156,8 +203,11 @@ def _linear_cross_entropy_forward_kernel(
             hidden_ptr, weight_ptr, bias_ptr, rows, columns, stride_hidden, stride_weight, depth, V,
             BLOCK_E, UNIT, EVEN_E, HAS_BIAS, PRECISION,
         )  # fmt: skip
-        x = tl.where(valid, x, float("-inf"))  # (BLOCK_M, BLOCK_V)
-        label += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
+        if not EVEN_V:
+            x = tl.where(valid, x, float("-inf"))  # (BLOCK_M, BLOCK_V)
+        # Few tiles hold a label, and looking for one costs three instructions a logit.
+        if tl.max(((target >= start) & (target < start + BLOCK_V)).to(tl.int32), 0) > 0:
+            label += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), 1)
         tile_largest = tl.max(x, 1)
         at = tl.min(tl.where(x == tile_largest[:, None], columns[None, :], V - 1), 1)
         best = tl.where(tile_largest > largest, at, best)
@@ -168,14 +218,21 @@ def _linear_cross_entropy_forward_kernel(
         z = capped(x, softcap, SOFTCAP)
         # The difference before the factor log2(e), as in kernels/cross_entropy.py: that of neighbours is exact.
         p = tl.exp2((z - new_origin[:, None]) * _LOG2E)
-        if SOFTCAP:
+        if SOFTCAP and not EVEN_V:
             p = tl.where(valid, p, 0.0)
         sums += tl.sum(p, 1)
         if SMOOTHING:
-            z = tl.where(valid, z, 0.0)
+            if not EVEN_V:
+                z = tl.where(valid, z, 0.0)
             if HAS_WEIGHT:
                 z *= tl.load(class_weight_ptr + columns, mask=columns < V, other=0.0)[None, :]
             smooth += tl.sum(z, 1)
+        if KEEPS:  # noqa: SIM102  # the compiler must know this one and can't know the next
+            if block * BLOCK_M < tokens:
+                _keep_logits(
+                    x, tile_largest, slots, start, V, depth * UNIT, kept_ptr, origins_ptr, tokens, vectors, whole,
+                    BLOCK_V,
+                )  # fmt: skip
     place = tl.cast(split, tl.int64) * N + slots
     tl.store(largest_ptr + place, largest, mask=live)
     tl.store(sums_ptr + place, sums, mask=live)
@@ -229,6 +286,17 @@ def _linear_cross_entropy_merge_kernel(
     tl.store(argmax_ptr + rows, tl.where(counted, best, -1).to(tl.int64), mask=exists)
 
 
+class KeptLogits(NamedTuple):
+    """What forward keeps for backward."""
+
+    plan: configs.Kept
+    memory: torch.Tensor  # (plan.elements,) of hidden's dtype: logits now, the gradient of weight later
+    origins: torch.Tensor  # (tiles, plan.tokens), fp32
+    label: torch.Tensor  # (N,) of the list: the logit of each label, fp32
+    rows: torch.Tensor  # as list_rows gave them
+    counts: torch.Tensor
+
+
 class Inputs(NamedTuple):
     """What the kernels take of hidden and weight: rows of neighbours in memory, strides and depth in units."""
 
@@ -246,6 +314,11 @@ def inputs(hidden: torch.Tensor, weight: torch.Tensor) -> Inputs:
     shared = math.gcd(unit, hidden.shape[1])
     factor = unit // shared
     return Inputs(hidden, weight, of_hidden * factor, of_weight * factor, hidden.shape[1] // shared, shared)
+
+
+def kept_layout(plan: configs.Kept) -> tuple[int, int, int]:
+    """(tokens, vectors of a chunk's row, whole chunks) for the kernels."""
+    return plan.tokens, plan.classes // _VECTOR.value, plan.whole
 
 
 def list_rows(target: torch.Tensor, V: int, ignore_index: int, arch: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,18 +346,52 @@ def linear_cross_entropy_forward(
 
     As `cross_entropy_forward` of the fp32 logits; rows of tokens that do not count are not read.
     """
-    N, V = hidden.shape[0], weight.shape[0]
+    return _forward(
+        hidden, weight, bias, target, False, class_weight=class_weight, ignore_index=ignore_index,
+        label_smoothing=label_smoothing, softcap=softcap,
+    )[:3]  # fmt: skip
+
+
+def linear_cross_entropy_forward_keeping(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, KeptLogits | None]:
+    """As `linear_cross_entropy_forward`, and what `linear_cross_entropy_backward_of_kept` goes on from; None where
+    nothing can be kept."""
+    return _forward(hidden, weight, bias, target, True, **options)
+
+
+def _forward(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    keeps: bool,
+    *,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, KeptLogits | None]:
+    (N, E), V = hidden.shape, weight.shape[0]
     nll, lse, label = (hidden.new_empty(N, dtype=torch.float32) for _ in range(3))
     argmax = hidden.new_empty(N, dtype=torch.int64)
+    kept = None
     if N == 0:
-        return nll, lse, argmax
+        return nll, lse, argmax, kept
     target, tensors = target.contiguous(), inputs(hidden, weight)
     biases = hidden if bias is None else bias.to(torch.float32).contiguous()
     weights, weight_sum = class_weights(hidden, class_weight)
     with on_device(hidden):
         arch = target_arch()
         rich = label_smoothing != 0.0 or any(x is not None for x in (bias, class_weight, softcap))
-        tile = configs.linear_cross_entropy(arch, hidden.dtype, hidden.shape[1], rich).forward
+        config = configs.linear_cross_entropy(arch, hidden.dtype, E, rich)
+        tile = config.forward
+        plain = bias is None and softcap is None
+        plan = configs.linear_cross_entropy_kept(N, V, E, hidden.dtype, plain, config) if keeps else None
         splits, tiles_per_split = configs.vocabulary_splits(arch, N, V, tile)
         largest, sums, smooth = (hidden.new_empty(splits, N, dtype=torch.float32) for _ in range(3))
         best = hidden.new_empty(splits, N, dtype=torch.int32)
@@ -292,11 +399,18 @@ def linear_cross_entropy_forward(
         flags = {
             "HAS_WEIGHT": class_weight is not None, "SMOOTHING": label_smoothing != 0.0, "SOFTCAP": softcap is not None
         }  # fmt: skip
+        memory, origins, layout = best, largest, (0, 1, 0)  # stand-ins that are never touched
+        if plan is not None:
+            origins = hidden.new_empty(-(-V // tile.block_v), plan.tokens, dtype=torch.float32)
+            kept = KeptLogits(plan, hidden.new_empty(plan.elements), origins, label, rows, counts)
+            memory, layout = kept.memory.view(torch.int16), kept_layout(plan)
         _linear_cross_entropy_forward_kernel[(-(-N // tile.block_m) * splits,)](
             tensors.hidden, tensors.weight, biases, target, weights, rows, counts,
-            largest, sums, smooth, best, label,
-            tensors.stride_hidden, tensors.stride_weight, tensors.depth, N, V, splits, tiles_per_split, softcap or 0.0,
-            **tile.blocks, UNIT=tensors.unit, EVEN_E=hidden.shape[1] % tile.block_e == 0, HAS_BIAS=bias is not None,
+            largest, sums, smooth, best, label, memory, origins,
+            tensors.stride_hidden, tensors.stride_weight, tensors.depth, N, V, splits, tiles_per_split, *layout,
+            softcap or 0.0,
+            **tile.blocks, UNIT=tensors.unit, EVEN_E=E % tile.block_e == 0, HAS_BIAS=bias is not None,
+            EVEN_V=V % tile.block_v == 0, KEEPS=kept is not None,
             PRECISION=configs.dot_precision(arch, hidden.dtype), **flags, **tile.launch_options, **launch_options(arch),
         )  # fmt: skip
         _linear_cross_entropy_merge_kernel[(-(-N // _MERGE_BLOCK),)](
@@ -304,4 +418,4 @@ def linear_cross_entropy_forward(
             N, V, splits, ignore_index, label_smoothing, softcap or 0.0,
             BLOCK=_MERGE_BLOCK, **flags, num_warps=4, **launch_options(arch),
         )  # fmt: skip
-    return nll, lse, argmax
+    return nll, lse, argmax, kept

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gpt4v_fast.kernels import configs
-from gpt4v_fast.kernels.common import launch_options, on_device, target_arch
+from gpt4v_fast.kernels.common import halves, launch_options, on_device, target_arch
 from gpt4v_fast.kernels.cross_entropy import class_weights, gradient_slopes, logit_gradient
 from gpt4v_fast.kernels.linear_cross_entropy import Inputs, grouped, inputs, list_rows, logits_tile, row_stride
 from gpt4v_fast.kernels.linear_cross_entropy_products import gradient_scales
@@ -96,25 +96,64 @@ def _linear_cross_entropy_grad_bias_kernel(
 
 
 @triton.jit
-def _earlier_sums(out_ptr, upper_ptr, lower_ptr, out_places, lower_places, mask, HALVES: tl.constexpr):
-    """The fp32 sums that `_keep_sums` left."""
-    if HALVES:
-        upper = tl.load(upper_ptr + out_places, mask=mask, other=0).to(tl.int32)
-        lower = tl.load(lower_ptr + lower_places, mask=mask, other=0).to(tl.int32)
-        return ((upper << 16) | (lower & 0xFFFF)).to(tl.float32, bitcast=True)
-    else:
-        return tl.load(out_ptr + out_places, mask=mask, other=0.0)
+def _finish_part(
+    sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, out_rows, lower_rows, first_column, E, exists, counted, elsewise,
+    is_first, is_last, SCALED: tl.constexpr, SEVERAL: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    columns = first_column + tl.arange(0, sums.shape[1])
+    mask = exists[:, None] & (columns < E)[None, :]
+    places = out_rows[:, None] + columns[None, :]
+    if SEVERAL:
+        lower_places = lower_rows[:, None] + columns[None, :]
+        held = mask & counted[:, None]
+        earlier = tl.where(is_first == 0, held, False)
+        if HALVES:
+            upper = tl.load(upper_ptr + places, mask=earlier, other=0).to(tl.int32)
+            lower = tl.load(lower_ptr + lower_places, mask=earlier, other=0).to(tl.int32)
+            sums += ((upper << 16) | (lower & 0xFFFF)).to(tl.float32, bitcast=True)
+        else:
+            sums += tl.load(out_ptr + places, mask=earlier, other=0.0)
+        held = tl.where(is_last == 0, held, False)
+        if HALVES:
+            bits = sums.to(tl.int32, bitcast=True)
+            tl.store(upper_ptr + places, (bits >> 16).to(tl.int16), mask=held)
+            tl.store(lower_ptr + lower_places, bits.to(tl.int16), mask=held)
+        else:
+            tl.store(out_ptr + places, sums, mask=held)
+        mask = tl.where(is_last == 0, False, mask)
+    if SCALED:
+        sums *= tl.load(scale_ptr + 1)
+    sums = tl.where(counted[:, None], sums, elsewise[:, None])
+    tl.store(out_ptr + places, sums.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _keep_sums(sums, out_ptr, upper_ptr, lower_ptr, out_places, lower_places, mask, HALVES: tl.constexpr):
-    """Sums for the next chunk: in the gradient itself, or half in its 16 bits (upper_ptr is out_ptr), half beside."""
-    if HALVES:
-        bits = sums.to(tl.int32, bitcast=True)
-        tl.store(upper_ptr + out_places, (bits >> 16).to(tl.int16), mask=mask)
-        tl.store(lower_ptr + lower_places, bits.to(tl.int16), mask=mask)
+def finish_sums(
+    sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, out_rows, lower_rows, first_column, E, exists, counted, elsewise,
+    is_first, is_last, SCALED: tl.constexpr, SEVERAL: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Writes a gradient's sums over a chunk or, where there are several, adds those of the chunks before.
+
+    Until the last chunk sums stay fp32: in the gradient itself, or half in its 16 bits (upper_ptr is out_ptr) and half
+    beside. Rows that do not count get `elsewise` in the end. Earlier sums are added here, not before the product's
+    loop, where they would take the registers of its loads; wide tiles are finished by halves for the same reason.
+    """
+    WIDTH: tl.constexpr = sums.shape[1]
+    if SEVERAL and WIDTH > 128:
+        left, right = halves(sums)
+        _finish_part(
+            left, out_ptr, upper_ptr, lower_ptr, scale_ptr, out_rows, lower_rows, first_column, E, exists, counted,
+            elsewise, is_first, is_last, SCALED, SEVERAL, HALVES,
+        )  # fmt: skip
+        _finish_part(
+            right, out_ptr, upper_ptr, lower_ptr, scale_ptr, out_rows, lower_rows, first_column + WIDTH // 2, E,
+            exists, counted, elsewise, is_first, is_last, SCALED, SEVERAL, HALVES,
+        )  # fmt: skip
     else:
-        tl.store(out_ptr + out_places, sums, mask=mask)
+        _finish_part(
+            sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, out_rows, lower_rows, first_column, E, exists, counted,
+            elsewise, is_first, is_last, SCALED, SEVERAL, HALVES,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["N", "V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
@@ -137,19 +176,12 @@ def _linear_cross_entropy_grad_hidden_kernel(
     columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
     exists = (slots < tokens) & (first_slot + slots < N)
     rows = tl.load(rows_ptr + first_slot + slots, mask=exists, other=0)
-    mask = exists[:, None] & (columns < E)[None, :]
-    out_places = (rows * E)[:, None] + columns[None, :]
-    lower_places = (slots.to(tl.int64) * E)[:, None] + columns[None, :]
     inner = tl.arange(0, BLOCK_V)
     gradient_tile = gradient_ptr + ((slots.to(tl.int64) * classes)[:, None] + inner[None, :])  # (BLOCK_M, BLOCK_V)
     first_row = (first_class + inner) * row_stride(stride_weight, UNIT)
     weight_tile = weight_ptr + (first_row[:, None] + columns[None, :])  # (BLOCK_V, BLOCK_E)
     stop = tl.where(block * BLOCK_M < live, tl.minimum(classes, V - first_class), 0)
-    counted = (slots < live)[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    if SEVERAL:
-        earlier = tl.where(is_first == 0, mask & counted, False)
-        sums = _earlier_sums(out_ptr, upper_ptr, lower_ptr, out_places, lower_places, earlier, HALVES)
     for start in tl.range(0, stop, BLOCK_V):
         g = tl.load(gradient_tile)
         exists_here = (inner < stop - start)[:, None]
@@ -158,16 +190,18 @@ def _linear_cross_entropy_grad_hidden_kernel(
         sums = tl.dot(g, tl.load(weight_tile, mask=exists_here, other=0.0), sums, input_precision=PRECISION)
         gradient_tile += BLOCK_V
         weight_tile += row_stride(stride_weight, UNIT) * BLOCK_V
-    if SEVERAL:
-        kept = tl.where(is_last == 0, mask & counted, False)
-        _keep_sums(sums, out_ptr, upper_ptr, lower_ptr, out_places, lower_places, kept, HALVES)
-        mask = tl.where(is_last == 0, False, mask)
-    if SCALED:
-        sums *= tl.load(scale_ptr + 1)
     target = tl.load(target_ptr + rows, mask=exists, other=0)
     elsewise = tl.where(target == ignore_index, 0.0, float("nan"))
-    sums = tl.where(counted, sums, elsewise[:, None])
-    tl.store(out_ptr + out_places, sums.to(out_ptr.dtype.element_ty), mask=mask)
+    finish_sums(
+        sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, rows * E, slots.to(tl.int64) * E, column * BLOCK_E, E,
+        exists, slots < live, elsewise, is_first, is_last, SCALED, SEVERAL, HALVES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _token_rows(rows_ptr, slots, live, stride_hidden, UNIT: tl.constexpr):
+    """Where the hidden states of these tokens of the list begin; those behind the last repeat it, if there is one."""
+    return tl.load(rows_ptr + tl.maximum(tl.minimum(slots, live - 1), 0)) * row_stride(stride_hidden, UNIT)
 
 
 @triton.jit(do_not_specialize=["V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
@@ -188,37 +222,31 @@ def _linear_cross_entropy_grad_weight_kernel(
     block, column = grouped(tl.program_id(0), classes // BLOCK_V, tl.cdiv(E, BLOCK_E), GROUP)
     places = block * BLOCK_V + tl.arange(0, BLOCK_V)
     columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
-    mask = (first_class + places < V)[:, None] & (columns < E)[None, :]
-    out_places = ((first_class + places).to(tl.int64) * E)[:, None] + columns[None, :]
-    lower_places = (places.to(tl.int64) * E)[:, None] + columns[None, :]
     inner = tl.arange(0, BLOCK_M)
     gradient_tile = gradient_ptr + (inner[:, None] * classes + places[None, :])  # (BLOCK_M, BLOCK_V)
     sums = tl.zeros((BLOCK_V, BLOCK_E), tl.float32)
-    if SEVERAL:
-        earlier = tl.where(is_first == 0, mask, False)
-        sums = _earlier_sums(out_ptr, upper_ptr, lower_ptr, out_places, lower_places, earlier, HALVES)
+    # Tokens behind the last one have zeros in G; they repeat it. Where the next rows lie is looked up a step ahead, or
+    # hidden's loads would wait for the look-up in every step.
+    rows = _token_rows(rows_ptr + first_slot, inner, live, stride_hidden, UNIT)
     for start in tl.range(0, live, BLOCK_M):
         g = tl.load(gradient_tile)
-        # Tokens behind the last one have zeros in G; they repeat it.
-        rows = tl.load(rows_ptr + first_slot + tl.minimum(start + inner, live - 1)) * row_stride(stride_hidden, UNIT)
         if EVEN_E:
             h = tl.load(hidden_ptr + (rows[:, None] + columns[None, :]))  # (BLOCK_M, BLOCK_E)
         else:
             h = tl.load(hidden_ptr + (rows[:, None] + columns[None, :]), mask=(columns < E)[None, :], other=0.0)
+        rows = _token_rows(rows_ptr + first_slot, start + BLOCK_M + inner, live, stride_hidden, UNIT)
         sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
         gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
-    if SEVERAL:
-        kept = tl.where(is_last == 0, mask, False)
-        _keep_sums(sums, out_ptr, upper_ptr, lower_ptr, out_places, lower_places, kept, HALVES)
-        mask = tl.where(is_last == 0, False, mask)
-    if SCALED:
-        sums *= tl.load(scale_ptr + 1)
-    sums = tl.where(tl.load(counts_ptr + 1) > 0, float("nan"), sums)
-    tl.store(out_ptr + out_places, sums.to(out_ptr.dtype.element_ty), mask=mask)
+    good = tl.where(tl.load(counts_ptr + 1) > 0, False, places >= 0)
+    finish_sums(
+        sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, (first_class + places).to(tl.int64) * E,
+        places.to(tl.int64) * E, column * BLOCK_E, E, first_class + places < V, good,
+        tl.full((BLOCK_V,), float("nan"), tl.float32), is_first, is_last, SCALED, SEVERAL, HALVES,
+    )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class _Call:
+class Call:
     """What all launches of one backward pass share."""
 
     tensors: Inputs
@@ -261,37 +289,23 @@ def linear_cross_entropy_backward(
     """
     (N, E), V = hidden.shape, weight.shape[0]
     of_bias = of_bias and bias is not None
+    slopes = (grad_nll, grad_lse)
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
     grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if of_weight else None
     grad_bias = hidden.new_zeros(V, dtype=torch.float32) if of_bias else None
     if N == 0:
         return grad_hidden, None if grad_weight is None else grad_weight.zero_(), grad_bias
-    target = target.contiguous()
-    weights, weight_sum = class_weights(hidden, class_weight)
     with on_device(hidden):
-        arch = target_arch()
-        rich = label_smoothing != 0.0 or any(x is not None for x in (bias, class_weight, softcap))
-        config = configs.linear_cross_entropy(arch, hidden.dtype, E, rich)
-        tensors = inputs(hidden, weight)
-        scales = gradient_scales(grad_nll, grad_lse, hidden, target, class_weight, ignore_index)
-        call = _Call(
-            tensors, hidden if bias is None else bias.to(torch.float32).contiguous(), target, weights, weight_sum,
-            *list_rows(target, V, ignore_index, arch),
-            tuple(x.to(torch.float32).contiguous() for x in (lse, grad_nll, grad_lse)),
-            hidden if scales is None else scales, (label_smoothing, softcap or 0.0), ignore_index, config,
-            {
-                "HAS_BIAS": bias is not None, "HAS_WEIGHT": class_weight is not None,
-                "SMOOTHING": label_smoothing != 0.0, "SOFTCAP": softcap is not None,
-            },
-            {
-                "SCALED": scales is not None, "UNIT": tensors.unit,
-                "PRECISION": configs.dot_precision(arch, hidden.dtype),
-                **launch_options(arch),
-            },
-        )  # fmt: skip
+        listed = list_rows(target.contiguous(), V, ignore_index, target_arch())
+        options: dict[str, Any] = {
+            "class_weight": class_weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+        }
+        call = the_call(slopes, hidden, weight, bias, target, lse, listed, softcap=softcap, **options)
         sizes = (N, V, E, hidden.element_size())
-        for sweep in configs.linear_cross_entropy_sweeps(*sizes, of_hidden, of_weight, of_bias, config):
-            _sweep(
+        for sweep in configs.linear_cross_entropy_sweeps(*sizes, of_hidden, of_weight, of_bias, call.config):
+            run_sweep(
                 call, sweep,
                 grad_hidden if sweep.of_hidden else None, grad_weight if sweep.of_weight else None,
                 grad_bias if sweep.of_bias else None,
@@ -299,8 +313,44 @@ def linear_cross_entropy_backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _sweep(
-    call: _Call,
+def the_call(
+    slopes: tuple[torch.Tensor, torch.Tensor],
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    listed: tuple[torch.Tensor, torch.Tensor],
+    *,
+    class_weight: torch.Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float | None,
+) -> Call:
+    """`slopes`: grad_nll and grad_lse; `listed`: what list_rows gave."""
+    arch, target = target_arch(), target.contiguous()
+    weights, weight_sum = class_weights(hidden, class_weight)
+    rich = label_smoothing != 0.0 or any(x is not None for x in (bias, class_weight, softcap))
+    config = configs.linear_cross_entropy(arch, hidden.dtype, hidden.shape[1], rich)
+    tensors = inputs(hidden, weight)
+    scales = gradient_scales(*slopes, hidden, target, class_weight, ignore_index)
+    return Call(
+        tensors, hidden if bias is None else bias.to(torch.float32).contiguous(), target, weights, weight_sum, *listed,
+        tuple(x.to(torch.float32).contiguous() for x in (lse, *slopes)),
+        hidden if scales is None else scales, (label_smoothing, softcap or 0.0), ignore_index, config,
+        {
+            "HAS_BIAS": bias is not None, "HAS_WEIGHT": class_weight is not None,
+            "SMOOTHING": label_smoothing != 0.0, "SOFTCAP": softcap is not None,
+        },
+        {
+            "SCALED": scales is not None, "UNIT": tensors.unit,
+            "PRECISION": configs.dot_precision(arch, hidden.dtype), **launch_options(arch),
+        },
+    )  # fmt: skip
+
+
+def run_sweep(
+    call: Call,
     sweep: configs.Sweep,
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
@@ -308,29 +358,30 @@ def _sweep(
 ) -> None:
     """Adds the chunks of one sweep up in the gradients that are given."""
     hidden, weight = call.tensors.hidden, call.tensors.weight
-    (N, E), V, config = hidden.shape, weight.shape[0], call.config
+    E, V, config = hidden.shape[1], weight.shape[0], call.config
+    last = sweep.first + sweep.sizes[0]
     gradient = hidden.new_empty(sweep.tokens * sweep.classes)
     bias_sums = hidden.new_empty(sweep.tokens // config.gradient.block_m * sweep.classes, dtype=torch.float32)
     lower_hidden, lower_weight = (hidden.new_empty(n, E, dtype=torch.int16) for n in sweep.lower_halves)
     for first_slot, first_class in sweep.chunks:
-        tokens = min(sweep.tokens, N - first_slot)
+        tokens = min(sweep.tokens, last - first_slot)
         classes = sweep.rounded(min(sweep.classes, V - first_class))
         chunk = (first_slot, first_class, tokens, classes)
-        _launch_gradient(call, chunk, gradient, bias_sums, grad_bias)
+        launch_gradient(call, chunk, gradient, bias_sums, grad_bias)
         if grad_hidden is not None:
-            lower = lower_hidden[first_slot if sweep.keeps_all_tokens else 0 :]
+            lower = lower_hidden[first_slot - sweep.first if sweep.keeps_all_tokens else 0 :]
             ends = first_class == 0, first_class + classes >= V
-            _launch_grad_hidden(call, chunk, ends, gradient, grad_hidden, lower)
+            launch_grad_hidden(call, chunk, ends, gradient, grad_hidden, lower)
         if grad_weight is not None:
-            ends = first_slot == 0, first_slot + tokens >= N
-            _launch_grad_weight(call, chunk, ends, gradient, grad_weight, lower_weight)
+            ends = first_slot == sweep.first, first_slot + tokens >= last
+            launch_grad_weight(call, chunk, ends, gradient, grad_weight, lower_weight)
 
 
 _Chunk = tuple[int, int, int, int]  # first token of the list, first class, tokens, classes
 
 
-def _launch_gradient(
-    call: _Call, chunk: _Chunk, gradient: torch.Tensor, bias_sums: torch.Tensor, grad_bias: torch.Tensor | None
+def launch_gradient(
+    call: Call, chunk: _Chunk, gradient: torch.Tensor, bias_sums: torch.Tensor, grad_bias: torch.Tensor | None
 ) -> None:
     tile, tensors = call.config.gradient, call.tensors
     V, (first_slot, first_class, tokens, classes) = tensors.weight.shape[0], chunk
@@ -350,8 +401,8 @@ def _launch_gradient(
         )  # fmt: skip
 
 
-def _launch_grad_hidden(
-    call: _Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
+def launch_grad_hidden(
+    call: Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
 ) -> None:
     tile, tensors = call.config.grad_hidden, call.tensors
     (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
@@ -365,8 +416,8 @@ def _launch_grad_hidden(
     )  # fmt: skip
 
 
-def _launch_grad_weight(
-    call: _Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
+def launch_grad_weight(
+    call: Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
 ) -> None:
     tile, tensors = call.config.grad_weight, call.tensors
     V, E = tensors.weight.shape

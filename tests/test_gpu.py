@@ -1,5 +1,5 @@
-"""The public ops on CUDA tensors: `make test-gpu`, where there is a GPU. Kernels alone: test_triton_*.py, which the same
-command runs on the device; without a GPU those run under Triton's interpreter, and CUDA's source on the CPU."""
+"""The public ops on CUDA tensors: `make test-gpu`, where there is a GPU. Kernels alone: test_triton_*.py, which the
+same command runs on the device; without a GPU those run under Triton's interpreter, and CUDA's source on the CPU."""
 
 from __future__ import annotations
 

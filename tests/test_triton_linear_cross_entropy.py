@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -59,14 +61,19 @@ class _Interpreted(torch.autograd.Function):
         return None, *gradients
 
 
+def interpreted(
+    target: torch.Tensor, options: dict[str, Any], constants: dict[str, int], kernel: str
+) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """loss, lse and z_loss of named tensors in the worker, where `kernel` must serve the call; differentiable."""
+    return lambda **tensors: _Interpreted.apply((list(tensors), target, options, constants, kernel), *tensors.values())
+
+
 def check(case: Case, constants: dict[str, int] = FUSED, **further: object) -> None:
     """The rule of closeness.py for the loss, lse, z_loss and every gradient under random upstream gradients."""
     products = constants is PRODUCTS
     kernel = "kernels.linear_cross_entropy_products" if products else "kernels.linear_cross_entropy"
     target, options = case.target(), {**case.options(), **further}
-
-    def fast(**tensors: torch.Tensor):
-        return _Interpreted.apply((list(tensors), target, options, constants, kernel), *tensors.values())
+    fast = interpreted(target, options, constants, kernel)
 
     def oracle(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None):
         loss, stats = reference.linear_cross_entropy(hidden, weight, target, bias=bias, return_stats=True, **options)

@@ -13,8 +13,8 @@ The worker differs from a plain interpreter in five ways, three to compute what 
   * every element that a kernel reads or writes must lie inside one of the tensors that it was given.
   * `torch.empty` is filled with NaN, so that an output nobody wrote is seen.
 
-GPT4V_FAST_TEST_DEVICE=cuda (`make test-gpu`) runs the same tests on a GPU: the worker moves the tensors there, strides and
-all, compiles the kernels, and moves the results back. `interpreter_only` marks what only the interpreter can show.
+GPT4V_FAST_TEST_DEVICE=cuda (`make test-gpu`) runs the same tests on a GPU: the worker moves the tensors there, strides
+and all, compiles the kernels, and moves the results back. `interpreter_only` marks what only the interpreter can show.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _run(job: bytes) -> bytes:
 
 
 def _moved(value: Any, device: str, storages: dict[int, torch.UntypedStorage] | None = None) -> Any:
-    """`value` with its tensors on a device, views of one storage still views of one, strides and offsets as they are."""
+    """`value` with its tensors on a device; views of one storage are views of one, strides and offsets as they are."""
     storages = {} if storages is None else storages
     if isinstance(value, torch.Tensor):
         storage = value.untyped_storage()

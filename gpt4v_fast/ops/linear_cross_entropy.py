@@ -33,6 +33,7 @@ from gpt4v_fast.ops.cross_entropy import (
     triton_options,
 )
 from gpt4v_fast.ops.linear_cross_entropy_gradients import KEPT_BY_OP, known_slopes, with_gradients
+from gpt4v_fast.ops.linear_cross_entropy_kept import can_keep, with_kept_logits
 from gpt4v_fast.reference import LossStats
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def linear_cross_entropy(
     slopes = known_slopes(arguments, reduction, z_loss) if process_group is None else None
     if slopes is not None and backends.pick(_describe(*arguments[:2])).backend == "cpu":
         nll, lse, argmax = with_gradients(arguments, slopes, _linear_cross_entropy_backward_op)
+    elif process_group is None and can_keep(arguments) and _is_fused(*arguments[:2]):
+        nll, lse, argmax = with_kept_logits(arguments, _linear_cross_entropy_backward_op)
     elif process_group is None:
         nll, lse, argmax, *_ = _linear_cross_entropy_op(*arguments)
     else:
@@ -177,6 +180,10 @@ def _request(*args: Any, **kwargs: Any) -> backends.Request:
 def _describe(hidden: torch.Tensor, weight: torch.Tensor) -> backends.Request:
     few = configs.linear_cross_entropy_by_products(hidden.shape[0], weight.shape[0])
     return backends.Request("linear_cross_entropy", hidden.device.type, hidden.dtype, _FEW if few else frozenset())
+
+
+def _is_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
+    return backends.pick(_describe(hidden, weight)).kernel == "kernels.linear_cross_entropy"
 
 
 def _too_many_logits(request: backends.Request) -> str | None:
