@@ -80,15 +80,15 @@ def summary_text(record: Mapping[str, Any]) -> str:
     peaks = record["peaks"]
     lines = [
         "",
-        f"{record['cpu']}, {record['isa']}, {record['threads']} threads; peaks {peaks['fma']:.0f} GFLOP/s FMA, "
-        f"{peaks['dot_bf16']:.0f} GFLOP/s bf16, {peaks['read']:.0f} GB/s read",
+        f"{_machine(record)}; peaks {peaks['fma']:.0f} GFLOP/s {'fp32' if _on_gpu(record) else 'FMA'}, "
+        f"{peaks['dot_bf16']:.0f} GFLOP/s bf16, {peaks['read']:.0f} GB/s {'copy' if _on_gpu(record) else 'read'}",
         f"{len(results)} cases: {faster} faster than the best peer, {slower} slower, "
         f"{len(ratios) - faster - slower} the same, {len(results) - len(ratios)} without comparison",
         f"{counted} samples counted, {dropped} dropped because the machine's peak moved around them",
     ]
     lines += [f"  not run: {name}: {reason}" for name, reason in _missing(results).items()]
     before = record["load"]["before"]
-    if before is not None and before[0] > BUSY * record["cores"]:
+    if before is not None and before[0] > BUSY * record["cores"] and not _on_gpu(record):
         lines.append(
             f"The machine was busy before this run (load {before[0]} on {record['cores']} cores): do not publish"
         )
@@ -99,6 +99,16 @@ def summary_text(record: Mapping[str, Any]) -> str:
     ]
     lines += [f"  {line}" for line in [*memory_lines(results), *curve_lines(results)]]
     return "\n".join(lines)
+
+
+def _on_gpu(record: Mapping[str, Any]) -> bool:
+    return bool(record.get("device") == "cuda")  # not in older records
+
+
+def _machine(record: Mapping[str, Any]) -> str:
+    if _on_gpu(record):
+        return str(record["gpus"][0])
+    return f"{record['cpu']}, {record['isa']}, {record['threads']} threads"
 
 
 def memory_lines(results: Sequence[Mapping[str, Any]]) -> list[str]:
