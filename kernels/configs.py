@@ -341,22 +341,17 @@ def linear_cross_entropy_kept(
     block = math.lcm(config.forward.block_m, config.gradient.block_m, config.grad_hidden.block_m)
     unit = math.lcm(config.forward.block_v, config.unit)
     rows = -(-N // block) * block
-    most = GRADIENT_BYTES // (2 * max(rows, 1))
-    if dtype != torch.bfloat16 or not plain or N == 0 or most < unit:
+    if dtype != torch.bfloat16 or not plain or N == 0:
         return None
     for tokens in range(min(rows, E // block * block), 0, -block):
         if tokens * KEPT_SHARE < N:
             return None
         sums, origins = max(0, N - tokens) * E * 2, -(-V // config.forward.block_v) * tokens * 4
-        if sums > SUMS_BYTES:  # a sweep of its own for grad_hidden of the other tokens, before the rest
-            scratch = origins
-            if origins + SUMS_BYTES + GRADIENT_BYTES > KEPT_BYTES:
-                continue
-        else:
-            scratch = origins + sums
-        classes = min(most, (KEPT_BYTES - scratch) // (2 * rows), -(-V // unit) * unit)
-        if classes >= unit:
-            classes = _chunk_classes(classes, unit, E, config.grad_weight, 0 < sums <= SUMS_BYTES)
+        if sums > SUMS_BYTES:  # then grad_hidden of the other tokens has a sweep of its own before the rest
+            sums = 0
+        classes = min((KEPT_BYTES - sums) // (2 * rows), -(-V // unit) * unit)
+        if origins <= KEPT_BYTES and classes >= unit:
+            classes = _chunk_classes(classes, unit, E, config.grad_weight, sums > 0)
             return Kept((N, V, E), tokens, classes, config.forward.block_v)
     return None
 

@@ -19,6 +19,7 @@ the product. Theirs merges tiles under a lock; here the order of additions depen
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -286,12 +287,13 @@ def _linear_cross_entropy_merge_kernel(
     tl.store(argmax_ptr + rows, tl.where(counted, best, -1).to(tl.int64), mask=exists)
 
 
-class KeptLogits(NamedTuple):
-    """What forward keeps for backward."""
+@dataclasses.dataclass
+class KeptLogits:
+    """What forward keeps for backward, which uses it up."""
 
     plan: configs.Kept
     memory: torch.Tensor  # (plan.elements,) of hidden's dtype: logits now, the gradient of weight later
-    origins: torch.Tensor  # (tiles, plan.tokens), fp32
+    origins: torch.Tensor | None  # (tiles, plan.tokens), fp32
     label: torch.Tensor  # (N,) of the list: the logit of each label, fp32
     rows: torch.Tensor  # as list_rows gave them
     counts: torch.Tensor

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from gpt4v_fast.kernels import configs
-from gpt4v_fast.kernels.common import halves, launch_options, on_device, target_arch
+from gpt4v_fast.kernels.common import Relaunch, halves, launch_options, on_device, target_arch
 from gpt4v_fast.kernels.cross_entropy import class_weights, gradient_slopes, logit_gradient
 from gpt4v_fast.kernels.linear_cross_entropy import Inputs, grouped, inputs, list_rows, logits_tile, row_stride
 from gpt4v_fast.kernels.linear_cross_entropy_products import gradient_scales
@@ -172,6 +172,8 @@ def _linear_cross_entropy_grad_hidden_kernel(
     live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
     classes = vectors * _VECTOR
     block, column = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(E, BLOCK_E), GROUP)
+    if (block * BLOCK_M >= live) & (is_last == 0):
+        return
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
     exists = (slots < tokens) & (first_slot + slots < N)
@@ -199,15 +201,40 @@ def _linear_cross_entropy_grad_hidden_kernel(
 
 
 @triton.jit
-def _token_rows(rows_ptr, slots, live, stride_hidden, UNIT: tl.constexpr):
-    """Where the hidden states of these tokens of the list begin; those behind the last repeat it, if there is one."""
-    return tl.load(rows_ptr + tl.maximum(tl.minimum(slots, live - 1), 0)) * row_stride(stride_hidden, UNIT)
+def _token_rows(rows_ptr, first_slot, slots, live, ALL: tl.constexpr):
+    """These tokens of the list, or if it has ALL tokens their numbers; those behind the last repeat it."""
+    slots = first_slot + tl.maximum(tl.minimum(slots, live - 1), 0)
+    return slots.to(tl.int64) if ALL else tl.load(rows_ptr + slots)
 
 
-@triton.jit(do_not_specialize=["V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
+@triton.jit
+def _accumulate_tokens(
+    sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, live, inner, columns, E, classes, stride_hidden,
+    BLOCK_M: tl.constexpr, UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    """sums + G^T hidden. Tokens behind the last one have zeros in G; they repeat it.
+
+    Which rows are next is looked up a step ahead, and still takes longer than the products of a step; where ALL tokens
+    count nothing has to be looked up.
+    """
+    rows = _token_rows(rows_ptr, first_slot, inner, live, ALL)
+    for start in tl.range(0, live, BLOCK_M):
+        g = tl.load(gradient_tile)
+        of_tokens = (rows * row_stride(stride_hidden, UNIT))[:, None] + columns[None, :]
+        if EVEN_E:
+            h = tl.load(hidden_ptr + of_tokens)  # (BLOCK_M, BLOCK_E)
+        else:
+            h = tl.load(hidden_ptr + of_tokens, mask=(columns < E)[None, :], other=0.0)
+        rows = _token_rows(rows_ptr, first_slot, start + BLOCK_M + inner, live, ALL)
+        sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
+        gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
+    return sums
+
+
+@triton.jit(do_not_specialize=["N", "V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
 def _linear_cross_entropy_grad_weight_kernel(
     gradient_ptr, hidden_ptr, rows_ptr, counts_ptr, scale_ptr, out_ptr, upper_ptr, lower_ptr,
-    stride_hidden, depth, V, first_slot, first_class, tokens, vectors, is_first, is_last,
+    stride_hidden, depth, N, V, first_slot, first_class, tokens, vectors, is_first, is_last,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     SEVERAL: tl.constexpr, HALVES: tl.constexpr,
@@ -225,18 +252,17 @@ def _linear_cross_entropy_grad_weight_kernel(
     inner = tl.arange(0, BLOCK_M)
     gradient_tile = gradient_ptr + (inner[:, None] * classes + places[None, :])  # (BLOCK_M, BLOCK_V)
     sums = tl.zeros((BLOCK_V, BLOCK_E), tl.float32)
-    # Tokens behind the last one have zeros in G; they repeat it. Where the next rows lie is looked up a step ahead, or
-    # hidden's loads would wait for the look-up in every step.
-    rows = _token_rows(rows_ptr + first_slot, inner, live, stride_hidden, UNIT)
-    for start in tl.range(0, live, BLOCK_M):
-        g = tl.load(gradient_tile)
-        if EVEN_E:
-            h = tl.load(hidden_ptr + (rows[:, None] + columns[None, :]))  # (BLOCK_M, BLOCK_E)
-        else:
-            h = tl.load(hidden_ptr + (rows[:, None] + columns[None, :]), mask=(columns < E)[None, :], other=0.0)
-        rows = _token_rows(rows_ptr + first_slot, start + BLOCK_M + inner, live, stride_hidden, UNIT)
-        sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
-        gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
+    # Where every token counts the list is that of all tokens in their order. (One loop behind the other, of which one
+    # makes no step: in two branches each would have shared memory of its own.)
+    all_count = tl.load(counts_ptr) == N
+    sums = _accumulate_tokens(
+        sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, tl.where(all_count, live, 0), inner, columns, E, classes,
+        stride_hidden, BLOCK_M, UNIT, EVEN_E, PRECISION, True,
+    )  # fmt: skip
+    sums = _accumulate_tokens(
+        sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, tl.where(all_count, 0, live), inner, columns, E, classes,
+        stride_hidden, BLOCK_M, UNIT, EVEN_E, PRECISION, False,
+    )  # fmt: skip
     good = tl.where(tl.load(counts_ptr + 1) > 0, False, places >= 0)
     finish_sums(
         sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, (first_class + places).to(tl.int64) * E,
@@ -263,6 +289,7 @@ class Call:
     config: configs.LinearCrossEntropyConfig
     flags: dict[str, Any]  # of the kernel that makes G
     options: dict[str, Any]  # of every launch
+    relaunch: Relaunch = dataclasses.field(default_factory=Relaunch)
 
 
 def linear_cross_entropy_backward(
@@ -385,7 +412,8 @@ def launch_gradient(
 ) -> None:
     tile, tensors = call.config.gradient, call.tensors
     V, (first_slot, first_class, tokens, classes) = tensors.weight.shape[0], chunk
-    _linear_cross_entropy_gradient_kernel[(-(-tokens // tile.block_m) * (classes // tile.block_v),)](
+    call.relaunch(
+        _linear_cross_entropy_gradient_kernel, -(-tokens // tile.block_m) * (classes // tile.block_v),
         tensors.hidden, tensors.weight, call.bias, call.target, call.class_weight, call.weight_sum, call.rows,
         call.counts, *call.rows_of, call.scales, gradient, bias_sums,
         tensors.stride_hidden, tensors.stride_weight, tensors.depth,
@@ -395,7 +423,8 @@ def launch_gradient(
     )  # fmt: skip
     if grad_bias is not None:
         options = {name: value for name, value in call.options.items() if not name.isupper()}
-        _linear_cross_entropy_grad_bias_kernel[(-(-classes // _BIAS_BLOCK),)](
+        call.relaunch(
+            _linear_cross_entropy_grad_bias_kernel, -(-classes // _BIAS_BLOCK),
             bias_sums, call.counts, grad_bias, V, first_slot, first_class, tokens, classes,
             TOKENS=tile.block_m, BLOCK=_BIAS_BLOCK, num_warps=4, **options,
         )  # fmt: skip
@@ -407,7 +436,8 @@ def launch_grad_hidden(
     tile, tensors = call.config.grad_hidden, call.tensors
     (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
     halves = out.element_size() == 2
-    _linear_cross_entropy_grad_hidden_kernel[(-(-chunk[2] // tile.block_m) * -(-E // tile.block_e),)](
+    call.relaunch(
+        _linear_cross_entropy_grad_hidden_kernel, -(-chunk[2] // tile.block_m) * -(-E // tile.block_e),
         gradient, tensors.weight, call.target, call.rows, call.counts, call.scales, out,
         out.view(torch.int16) if halves else out, lower, tensors.stride_weight, tensors.depth,
         N, V, *chunk[:3], chunk[3] // _VECTOR.value, call.ignore_index, *map(int, ends),
@@ -422,10 +452,11 @@ def launch_grad_weight(
     tile, tensors = call.config.grad_weight, call.tensors
     V, E = tensors.weight.shape
     halves = out.element_size() == 2
-    _linear_cross_entropy_grad_weight_kernel[(chunk[3] // tile.block_v * -(-E // tile.block_e),)](
+    call.relaunch(
+        _linear_cross_entropy_grad_weight_kernel, chunk[3] // tile.block_v * -(-E // tile.block_e),
         gradient, tensors.hidden, call.rows, call.counts, call.scales, out,
         out.view(torch.int16) if halves else out, lower, tensors.stride_hidden, tensors.depth,
-        V, *chunk[:3], chunk[3] // _VECTOR.value, *map(int, ends),
+        tensors.hidden.shape[0], V, *chunk[:3], chunk[3] // _VECTOR.value, *map(int, ends),
         **tile.blocks, EVEN_E=E % tile.block_e == 0, SEVERAL=ends != (True, True), HALVES=halves,
         **tile.launch_options, **call.options,
     )  # fmt: skip

@@ -192,6 +192,7 @@ def linear_cross_entropy_backward_of_kept(
         listed = (kept.rows, kept.counts)
         call = the_call((grad_nll, grad_lse), hidden, weight, None, target, lse, listed, softcap=None, **options)
         _turn_into_gradient(call, kept)
+        kept.origins = None  # of no more use: their memory is the chunks'
         if grad_hidden is not None:
             _launch_grad_hidden_of_kept(call, kept, grad_hidden)
         _chunks(call, kept, grad_hidden, grad_weight)
@@ -229,6 +230,7 @@ def _chunks(call: Call, kept: KeptLogits, grad_hidden: torch.Tensor | None, grad
 def _turn_into_gradient(call: Call, kept: KeptLogits) -> None:
     plan, weight = kept.plan, call.tensors.weight
     (V, E), options = weight.shape, _without_product(call)
+    assert kept.origins is not None, "kept logits can be used once"
     _linear_cross_entropy_kept_gradient_kernel[(plan.tokens // _rows(call) * -(-V // plan.tile),)](
         kept.memory.view(torch.int16), kept.memory, kept.origins, kept.label, call.target, call.class_weight,
         call.weight_sum, call.rows, call.counts, *call.rows_of, V, E, *kept_layout(plan), call.numbers[0],
@@ -239,7 +241,8 @@ def _turn_into_gradient(call: Call, kept: KeptLogits) -> None:
 
 def _copy_aside(call: Call, kept: KeptLogits, first_class: int, classes: int, to: torch.Tensor) -> None:
     plan, weight = kept.plan, call.tensors.weight
-    _linear_cross_entropy_kept_copy_kernel[(plan.tokens // _rows(call) * -(-classes // plan.tile),)](
+    call.relaunch(
+        _linear_cross_entropy_kept_copy_kernel, plan.tokens // _rows(call) * -(-classes // plan.tile),
         kept.memory, to, call.counts, *weight.shape, *kept_layout(plan)[1:], first_class, classes // _VECTOR.value,
         BLOCK_M=_rows(call), BLOCK_V=plan.tile, ROUND=_round(call), num_warps=8, **_without_product(call),
     )  # fmt: skip

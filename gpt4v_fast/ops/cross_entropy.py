@@ -235,7 +235,7 @@ def look_at_labels(target: torch.Tensor, V: int, ignore_index: int, backend: str
     if labels.raise_at_once(target, backend):
         labels.raise_if_bad(target, V, ignore_index, shift)
     else:
-        labels.remember_bad(target, V, ignore_index)
+        labels.remember_bad(target, V, ignore_index, backend)
 
 
 def row_tensors(rows: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -60,7 +60,7 @@ def raise_if_bad(target: torch.Tensor, V: int, ignore_index: int, shift: int = 0
     raise _error(int(target.reshape(-1)[flat]), V, ignore_index, f"target[{', '.join(map(str, place))}]")
 
 
-def remember_bad(target: torch.Tensor, V: int, ignore_index: int) -> None:
+def remember_bad(target: torch.Tensor, V: int, ignore_index: int, backend: str) -> None:
     """Keeps the first bad label for `check_labels`, without waiting for the device."""
     if target.numel() == 0:
         return
@@ -68,6 +68,11 @@ def remember_bad(target: torch.Tensor, V: int, ignore_index: int) -> None:
         _first_bad[target.device] = torch.zeros(4, dtype=torch.int64, device=target.device)
     state = _first_bad[target.device]
     flat = target.reshape(-1)
+    if backend == "triton":
+        from gpt4v_fast.kernels import labels as kernels
+
+        if flat.numel() <= kernels.MOST:
+            return kernels.remember_bad_label(flat, state, V, ignore_index)
     place = are_bad(flat, V, ignore_index).to(torch.uint8).argmax().reshape(1)  # the first of the largest
     label = flat.gather(0, place)
     found = are_bad(label, V, ignore_index).to(torch.int64)

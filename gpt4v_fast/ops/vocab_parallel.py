@@ -159,7 +159,7 @@ def forward(
     V, raises = shards.V, labels.raise_at_once(target, backend)
     bad = labels.are_bad(target, V, options.ignore_index)
     if not raises:
-        labels.remember_bad(target, V, options.ignore_index)
+        labels.remember_bad(target, V, options.ignore_index, backend)
     # Nothing raises before the first all-reduce: the other processes would wait there.
     none_counted = torch.full_like(target, options.ignore_index)
     work = plan(none_counted if raises and bad.any() else target, options, shards)
