@@ -15,7 +15,9 @@ from gpu_compile.worker import (
     CrossEntropyLaunch,
     LinearCrossEntropyLaunch,
     compiled,
+    kept_memory,
     linear_cross_entropy_memory,
+    relaunched,
 )
 
 from gpt4v_fast.kernels import configs
@@ -62,6 +64,11 @@ ALL_LOSSES = [
 ]
 
 LINEAR_QUICK = [LinearCrossEntropyLaunch("sm_90", "bfloat16", chunked=True)]
+LINEAR_KEPT = [
+    LinearCrossEntropyLaunch(arch, "bfloat16", E, kept=True, **options)
+    for arch in _CHIPS
+    for E, options in ((576, {}), (2304, {}), (576, {"weighted": True, "label_smoothing": 0.1}))
+]
 LINEAR_QUICK += [LinearCrossEntropyLaunch(arch, "bfloat16", passes=("forward",)) for arch in ("sm_80", "gfx942")]
 _EVERY_OPTION = {"bias": True, "weighted": True, "label_smoothing": 0.1, "softcap": 30.0, "chunked": True}
 LINEAR_ALL = [
@@ -186,18 +193,20 @@ LINEAR_KERNELS = {
     "forward": ("_rows", "_forward", "_merge"),
     "backward": ("_gradient", "_grad_hidden", "_grad_weight", "_grad_bias"),
 }
-_WITHOUT_PRODUCT = ("_rows", "_merge", "_grad_bias")
+KEPT_KERNELS = ("_kept_gradient", "_kept_copy", "_kept_grad_hidden")
+_WITHOUT_PRODUCT = ("_rows", "_merge", "_grad_bias", "_kept_gradient", "_kept_copy")
 # On memory that other programs see. Inside a program sm_100 allocates its tensor memory with some on shared memory.
 ATOMICS = r"ATOMG|ATOM\.|RED\.|CCTL|(global|buffer|flat)_atomic"
 STORES = r"STG|ST\.|global_store|buffer_store|flat_store"
 EXPONENTIALS = r"MUFU\.EX2|v_exp_f32"
 
 
-@pytest.mark.parametrize("launch", _with_slow(LINEAR_QUICK, LINEAR_ALL), ids=str)
+@pytest.mark.parametrize("launch", _with_slow([*LINEAR_QUICK, LINEAR_KEPT[0]], [*LINEAR_ALL, *LINEAR_KEPT]), ids=str)
 def test_linear_cross_entropy(launch):
     """No spills, matrix instructions in every product, and no atomic anywhere, so that nobody spins on a lock."""
     kernels = _facts(launch)
     wanted = [name for part in launch.passes for name in LINEAR_KERNELS[part]]
+    wanted += KEPT_KERNELS if launch.kept else []
     wanted = [f"_linear_cross_entropy{name}_kernel" for name in wanted if launch.bias or name != "_grad_bias"]
     assert set(kernels) == set(wanted)
     for name, facts in kernels.items():
@@ -234,6 +243,22 @@ def test_linear_cross_entropy_needs_no_memory_and_no_wait(arch, N, V, E, bias):
     gradients = 2 * E * (N + V) + (4 * V if bias else 0)
     assert forward <= (16 << 20) + 64 * N
     assert gradients < backward <= gradients + (64 << 20) + 64 * N
+
+
+@pytest.mark.parametrize("arch, N, V, E", [("sm_90", 8192, 128_256, 4096), ("sm_90", 4096, 50_257, 4096)])
+def test_kept_logits_need_no_memory_and_no_wait(arch, N, V, E):
+    """Forward and backward together; what is kept between them is the memory of a gradient."""
+    peak = kept_memory(arch, N, V, E).result(timeout=280)
+    gradients = 2 * E * (N + V)
+    assert gradients < peak <= gradients + (64 << 20) + 64 * N
+
+
+def test_launches_that_skip_triton_tell_the_driver_the_same():
+    """Relaunch hands the compiled kernel exactly the arguments that Triton's own launch hands it, in the same order."""
+    direct, usual = relaunched("sm_90").result(timeout=280)
+    assert len(direct) == len(usual) > 20
+    for one, other in zip(direct, usual, strict=True):
+        assert one == other
 
 
 def test_a_kernel_for_another_chip_is_noticed():

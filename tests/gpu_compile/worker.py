@@ -94,7 +94,8 @@ class CrossEntropyLaunch:
 
 @dataclasses.dataclass(frozen=True)
 class LinearCrossEntropyLaunch:
-    """Forward and backward, all gradients; `chunked`: with sums that go on from chunk to chunk."""
+    """Forward and backward, all gradients; `chunked`: with sums that go on from chunk to chunk; `kept`: with logits in
+    the memory of weight's gradient, of which further tokens have none."""
 
     arch: str
     dtype: str
@@ -104,10 +105,11 @@ class LinearCrossEntropyLaunch:
     label_smoothing: float = 0.0
     softcap: float | None = None
     chunked: bool = False
+    kept: bool = False
     passes: tuple[str, ...] = ("forward", "backward")
 
     def __str__(self) -> str:
-        extras = [n for n in ("bias", "weighted", "label_smoothing", "softcap", "chunked") if getattr(self, n)]
+        extras = [n for n in ("bias", "weighted", "label_smoothing", "softcap", "chunked", "kept") if getattr(self, n)]
         passes = self.passes if len(self.passes) == 1 else ()
         return "-".join([self.arch, self.dtype, f"e{self.E}", *extras, *passes])
 
@@ -118,6 +120,8 @@ class LinearCrossEntropyLaunch:
 
         from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_backward
 
+        if self.kept:
+            return self._run_kept()
         dtype = getattr(torch, self.dtype)
         hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(3072, self.E, dtype=dtype)
         target, row = torch.zeros(384, dtype=torch.int64), torch.zeros(384)
@@ -138,9 +142,34 @@ class LinearCrossEntropyLaunch:
                     row, row, hidden, weight, bias, target, row, of_hidden=True, of_weight=True, of_bias=True, **options
                 )
 
+    def _run_kept(self) -> None:
+        import unittest.mock
+
+        import torch
+
+        from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_kept
+
+        N, V = self.E // 128 * 128 + 256, 3072
+        hidden, weight = (torch.zeros(n, self.E, dtype=torch.bfloat16) for n in (N, V))
+        target, row = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
+        options: dict[str, Any] = {
+            "class_weight": torch.ones(V) if self.weighted else None,
+            "ignore_index": -100,
+            "label_smoothing": self.label_smoothing,
+        }
+        room = 2 * N * 1024 + 2 * 256 * self.E  # chunks of 1,024 classes
+        with unittest.mock.patch.multiple(configs, KEPT_BYTES=room):
+            forward = linear_cross_entropy.linear_cross_entropy_forward_keeping
+            *_, kept = forward(hidden, weight, None, target, **options)
+            assert kept is not None and kept.plan.classes < V and kept.plan.tokens < N
+            linear_cross_entropy_kept.linear_cross_entropy_backward_of_kept(
+                row, row, hidden, weight, target, row, kept, of_hidden=True, **options
+            )
+
     @property
     def modules(self) -> tuple[str, ...]:
-        return ("linear_cross_entropy", "linear_cross_entropy_backward")
+        modules = ("linear_cross_entropy", "linear_cross_entropy_backward")
+        return (*modules, "linear_cross_entropy_kept") if self.kept else modules
 
 
 def linear_cross_entropy_memory(arch: str, N: int, V: int, E: int, bias: bool) -> concurrent.futures.Future[Any]:
@@ -166,6 +195,87 @@ def _linear_cross_entropy_memory(arch: str, N: int, V: int, E: int, bias: bool) 
                 row, row, hidden, weight, biases, target, row, of_hidden=True, of_weight=True, of_bias=bias, **options
             )
     return forward.peak_bytes, backward.peak_bytes
+
+
+def kept_memory(arch: str, N: int, V: int, E: int) -> concurrent.futures.Future[Any]:
+    """As `linear_cross_entropy_memory`, of forward and backward together where logits are kept."""
+    return _pool().submit(_kept_memory, arch, N, V, E)
+
+
+def _kept_memory(arch: str, N: int, V: int, E: int) -> int:
+    import torch
+    from gpu_compile.stand_in import DeviceMemory, compiled_for
+
+    from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_kept
+
+    hidden, weight = (torch.empty(n, E, dtype=torch.bfloat16) for n in (N, V))
+    target, row = torch.empty(N, dtype=torch.int64), torch.empty(N)
+    options: dict[str, Any] = {"class_weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+    with (
+        compiled_for(arch, linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_kept),
+        DeviceMemory() as memory,
+    ):
+        forward = linear_cross_entropy.linear_cross_entropy_forward_keeping
+        _, lse, _, kept = forward(hidden, weight, None, target, **options)
+        assert kept is not None
+        linear_cross_entropy_kept.linear_cross_entropy_backward_of_kept(
+            row, row, hidden, weight, target, lse, kept, of_hidden=True, **options
+        )
+    return memory.peak_bytes
+
+
+def relaunched(arch: str) -> concurrent.futures.Future[Any]:
+    """A future of what every launch of a backward pass in chunks told the driver, by Relaunch and by Triton's own way:
+    two lists of (grid, arguments), tensors by their dtype, size and alignment."""
+    return _pool().submit(_relaunched, arch)
+
+
+def _relaunched(arch: str) -> tuple[list[Any], list[Any]]:
+    import unittest.mock
+
+    import torch
+    from gpu_compile.stand_in import StandInDriver, compiled_for
+
+    from gpt4v_fast.kernels import (
+        common,
+        linear_cross_entropy,
+        linear_cross_entropy_backward,
+        linear_cross_entropy_kept,
+    )
+
+    told: list[Any] = []
+
+    def plain(x: Any) -> Any:
+        return (str(x.dtype), x.numel(), x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x
+
+    def launcher(src: Any, metadata: Any) -> Any:
+        def launch(*args: Any) -> None:
+            told.append(
+                (metadata["name"] if isinstance(metadata, dict) else metadata.name, args[:3], *map(plain, args[9:]))
+            )
+
+        return launch
+
+    def through_triton(self: Any, function: Any, programs: int, *args: Any, **named: Any) -> None:
+        function[(programs,)](*args, **named)
+
+    found = []
+    launches = (
+        LinearCrossEntropyLaunch(arch, "bfloat16", 576, chunked=True, bias=True),
+        LinearCrossEntropyLaunch(arch, "bfloat16", 576, kept=True),
+    )
+    modules = (linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_kept)
+    for way in (common.Relaunch.__call__, through_triton):
+        with (
+            unittest.mock.patch.object(StandInDriver, "launcher_cls", staticmethod(launcher)),
+            unittest.mock.patch.object(common.Relaunch, "__call__", way),
+            compiled_for(arch, *modules),
+        ):
+            for launch in launches:
+                launch.run()
+        found.append(list(told))
+        told.clear()
+    return found[0], found[1]
 
 
 Launch = AttentionLaunch | CrossEntropyLaunch | LinearCrossEntropyLaunch
