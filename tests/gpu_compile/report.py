@@ -83,7 +83,7 @@ def linear_cross_entropy_rows(arch: str) -> list[str]:
             (loop,) = [x for x in found.loops if x.count(r"MUFU\.EX2|v_exp_f32") and x is not product]
             per_tile = len(loop.instructions) - loop.matrix
         else:
-            per_tile = len(found.instructions) - len(product.instructions)
+            per_tile = len(found.instructions) - sum(len(loop.instructions) for loop in found.main_loops)
         per_step = product.non_matrix_per_element(elements, found.num_warps, lanes) * 64 / sizes[along]
         shape = f"{' x '.join(map(str, sizes))}, {tile.num_warps} warps, {tile.num_stages} stages"
         per_tile *= found.num_warps * lanes / elements
