@@ -15,7 +15,7 @@ from gpt4v_fast import _native, backends
 from gpt4v_fast._native import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def build_settings():

@@ -51,6 +51,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
 
 #pragma omp parallel num_threads(team)
   for (int64_t first = 0; first < strips.count; first += chunk) {
+    [[maybe_unused]] const Tiles tiles;
     const int64_t last = min_of(strips.count, first + chunk);
     pack_tokens_by_team(hidden, strips, first, last, E, packed.get(), [](int64_t) { return true; });
 #pragma omp for schedule(dynamic, 1)

@@ -92,9 +92,9 @@ class LinearBackward {
         token_lanes(sizes.strips * strip_size<T>(E)),
         token_columns(args.grad_weight.defined ? sizes.token_column_floats() * features.count : 0),
         weight_columns(args.grad_hidden.defined ? sizes.weight_column_floats() * features.count : 0),
-        gradient_rows(LogitGradient<T>::floats(sizes.strips, sizes.classes)),
-        gradient_pairs(LogitGradient<T>::kPairs ? LogitGradient<T>::floats(sizes.strips, sizes.classes) / 2 : 0),
-        gradient{gradient_rows.get(), gradient_pairs.get(), sizes.classes},
+        gradient_rows(LogitGradient<T>::row_elements(sizes.strips, sizes.classes)),
+        gradient_others(LogitGradient<T>::other_elements(sizes.strips, sizes.classes)),
+        gradient{gradient_rows.get(), gradient_others.get(), sizes.strips, sizes.classes},
         bias_sums(args.grad_bias.defined ? sizes.classes * sizes.strips : 0),
         slopes(sizes.strips),
         hidden_sums(needs_hidden_sums() ? min_of(sizes.group, tokens.count) * kCols * E : 0),
@@ -123,11 +123,13 @@ class LinearBackward {
   void pass(int64_t begin, int64_t end, bool of_hidden, bool of_rows) {
 #pragma omp parallel num_threads(team)
     {
+      [[maybe_unused]] const Tiles tiles;
       TeamTasks::Round round;
       for (int64_t v = 0; v < V; v += sizes.classes) {
         const int64_t rows = min_of(sizes.classes, V - v);
         if (of_hidden)
-          pack_columns_by_team(weight, v, rows, rows, features, sizes.weight_column_floats(), weight_columns.get());
+          pack_columns_by_team(weight, v, rows, whole_depth(rows), features, sizes.weight_column_floats(),
+                               weight_columns.get());
         for (int64_t first = begin; first < end; first += sizes.strips) {
           const int64_t last = min_of(end, first + sizes.strips);
           gradient_by_team(v, rows, first, last, round);
@@ -155,8 +157,8 @@ class LinearBackward {
                           [&](int64_t s) { return !kept.has_all(s); });
       const int64_t n = tokens.begin(first), end = tokens.begin(last);
       if (a.grad_weight.defined)
-        pack_columns_by_team(hidden, n, min_of(tokens.size, end) - n, end - n, features, sizes.token_column_floats(),
-                             token_columns.get());
+        pack_columns_by_team(hidden, n, min_of(tokens.size, end) - n, whole_depth(end - n), features,
+                             sizes.token_column_floats(), token_columns.get());
 #pragma omp for schedule(static)
       for (int64_t s = first; s < last; ++s)
         slopes[s - first].load(a, classes, counted.rows.get() + tokens.begin(s), tokens.used(s));
@@ -187,7 +189,7 @@ class LinearBackward {
         } else {
           gradients.of_logits(kept.logits(s, v + row), lanes, tile);
         }
-        gradient.store(tile, count, lanes, s - first, row);
+        gradient.store(tile, count, lanes, s - first, tokens.begin(s) - tokens.begin(first), row);
         for (int64_t r = 0; a.grad_bias.defined && r < count; ++r) {
           Vec sum = {};
           for (int64_t lane = 0; lane < lanes; lane += kLanes) sum += load_vec(tile + r * kCols + lane);
@@ -204,16 +206,16 @@ class LinearBackward {
     const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
     const int64_t depth = Operands<T>::depth(rows);
     Piece pieces[kPieces];
-    FetchPieces<4> next{pieces, next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
+    FetchPieces<kHiddenWait> next{pieces, next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
     tasks.run(round, groups * columns, [&](int64_t task) {
       const int64_t begin = first + task % groups * kTaskStrips, feature = task / groups * kTaskStrips;
       for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f)
         for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
           alignas(64) float tile[kCols * kCols];
           const int64_t n = tokens.begin(s), count = tokens.used(s), e = features.begin(f);
-          Both<FetchToWrite, FetchPieces<4>> ahead{
+          Both<FetchToWrite, FetchPieces<kHiddenWait>> ahead{
               {hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * int64_t{sizeof(float)}}, next};
-          multiply_strip(gradient.of_tokens(s - first), count, features.lanes(f) / kLanes,
+          multiply_strip(gradient.of_tokens(s - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes,
                          weight_columns.get() + f * sizes.weight_column_floats(), depth, tile, kCols, ahead);
           next = ahead.second;
           for (int64_t i = 0; i < count; ++i)
@@ -284,8 +286,14 @@ class LinearBackward {
         alignas(64) float tile[kTileRows * kCols];
         Both<FetchToWrite, Both<FetchToWrite, FetchPieces<1>>> ahead{weight_rows_ahead(v, row, count, f, last),
                                                                      {halves_ahead(v, row, count, f), others}};
-        multiply_tokens(tokens, first, last, kPerStep, count, features.lanes(f) / kLanes, gradient.of_classes(0, row),
-                        sizes.classes * kCols, token_columns.get() + f * sizes.token_column_floats(), tile, ahead);
+        const float* columns = token_columns.get() + f * sizes.token_column_floats();
+        const int64_t vectors = features.lanes(f) / kLanes;
+        if constexpr (kHasTiles)
+          multiply_strip(gradient.of_classes(row), count, vectors, columns,
+                         (tokens.begin(last) - tokens.begin(first)) / kPerStep, tile, kCols, ahead);
+        else
+          multiply_tokens(tokens, first, last, kPerStep, count, vectors, gradient.of_classes(row),
+                          sizes.classes * kCols, columns, tile, ahead);
         others = ahead.second.second;
         for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols);
       }
@@ -347,6 +355,10 @@ class LinearBackward {
     store_row(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1], a.grad_weight.stride[1]);
   }
 
+  // Steps of a product along terms that are not there are taken with zeros.
+  static int64_t whole_depth(int64_t count) { return kHasTiles ? round_up(count, kTileTerms) : count; }
+
+  static constexpr int kHiddenWait = kHasTiles ? 1 : 4;  // a product in tiles has fewer steps
   static constexpr int64_t kPieces = 4 * kMaxBackwardStrips;
   static constexpr int64_t kPerStep = Operands<T>::kPairs ? 2 : 1;  // tokens
 
@@ -364,8 +376,7 @@ class LinearBackward {
   const int team;
   const TeamTasks tasks;
   const Buffer<float> scratch, token_lanes, token_columns, weight_columns;
-  const Buffer<typename Operands<T>::Element> gradient_rows;
-  const Buffer<float> gradient_pairs;
+  const Buffer<typename Operands<T>::Element> gradient_rows, gradient_others;
   const LogitGradient<T> gradient;
   const Buffer<float> bias_sums;  // [class][strip]
   const Buffer<TokenSlopes> slopes;
