@@ -2,6 +2,8 @@
 // Tiles multiply bf16 alone: this ISA has the functions that gain by them, and those of avx512_bf16 for all else. (Not
 // isa/table.h, whose other functions would be compiled once more for nothing.)
 #include "dispatch.h"
+#include "kernels/attention.h"
+#include "kernels/attention_kvcache.h"
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/peak.h"
 
@@ -19,9 +21,18 @@ const Kernels& table() {
   using avx512_bf16::table;
   static constexpr Kernels kTable = {
       "amx_bf16",
-      [](const AttentionArgs& a, int threads) { table().attention_forward(a, threads); },
-      [](const AttentionArgs& a, int threads) { table().attention_backward(a, threads); },
-      [](const KvCacheArgs& a, int threads) { table().attention_kvcache(a, threads); },
+      [](const AttentionArgs& a, int threads) {
+        if (a.q.dtype == DType::kBFloat16) return attention_forward(a, threads);
+        table().attention_forward(a, threads);
+      },
+      [](const AttentionArgs& a, int threads) {
+        if (a.q.dtype == DType::kBFloat16) return attention_backward(a, threads);
+        table().attention_backward(a, threads);
+      },
+      [](const KvCacheArgs& c, int threads) {
+        if (c.q.dtype == DType::kBFloat16) return attention_kvcache(c, threads);
+        table().attention_kvcache(c, threads);
+      },
       [](const CrossEntropyArgs& a, int threads) { table().cross_entropy_forward(a, threads); },
       [](const CrossEntropyArgs& a, int threads) { table().cross_entropy_backward(a, threads); },
       [](const LinearCrossEntropyArgs& a, int threads) {

@@ -67,6 +67,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
         for (int64_t s = first; s < last; ++s) {
           alignas(64) float tile[kTileRows * kCols];
           Both<FetchToWrite, Fetch> fetch{kept.ahead(s, v), weight_ahead};
+          while (kHasTiles && fetch.first.rows > 0) fetch.step();
           rows.logits(packed.get() + (s - first) * strip_size<T>(E), strips.lanes(s), E, tile, fetch);
           weight_ahead = fetch.second;
           Lanes& statistics = lanes[s - first];
@@ -98,7 +99,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
 }  // namespace loss
 
 static void linear_cross_entropy_forward(const LinearCrossEntropyArgs& a, int threads) {
-  loss::with_float(a.hidden.dtype, [&](auto zero) { loss::linear_forward<decltype(zero)>(a, threads); });
+  with_float(a.hidden.dtype, [&](auto zero) { loss::linear_forward<decltype(zero)>(a, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -128,8 +128,7 @@ class LinearBackward {
       for (int64_t v = 0; v < V; v += sizes.classes) {
         const int64_t rows = min_of(sizes.classes, V - v);
         if (of_hidden)
-          pack_columns_by_team(weight, v, rows, whole_depth(rows), features, sizes.weight_column_floats(),
-                               weight_columns.get());
+          pack_columns_by_team(weight, v, rows, rows, features, sizes.weight_column_floats(), weight_columns.get());
         for (int64_t first = begin; first < end; first += sizes.strips) {
           const int64_t last = min_of(end, first + sizes.strips);
           gradient_by_team(v, rows, first, last, round);
@@ -157,8 +156,8 @@ class LinearBackward {
                           [&](int64_t s) { return !kept.has_all(s); });
       const int64_t n = tokens.begin(first), end = tokens.begin(last);
       if (a.grad_weight.defined)
-        pack_columns_by_team(hidden, n, min_of(tokens.size, end) - n, whole_depth(end - n), features,
-                             sizes.token_column_floats(), token_columns.get());
+        pack_columns_by_team(hidden, n, min_of(tokens.size, end) - n, end - n, features, sizes.token_column_floats(),
+                             token_columns.get());
 #pragma omp for schedule(static)
       for (int64_t s = first; s < last; ++s)
         slopes[s - first].load(a, classes, counted.rows.get() + tokens.begin(s), tokens.used(s));
@@ -206,14 +205,16 @@ class LinearBackward {
     const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
     const int64_t depth = Operands<T>::depth(rows);
     Piece pieces[kPieces];
-    FetchPieces<kHiddenWait> next{pieces, next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
+    FetchPieces<4> next{pieces, next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
     tasks.run(round, groups * columns, [&](int64_t task) {
       const int64_t begin = first + task % groups * kTaskStrips, feature = task / groups * kTaskStrips;
-      for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f)
-        for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
+      const int64_t end = min_of(last, begin + kTaskStrips);
+      for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f) {
+        if constexpr (kHasTiles) take_hidden_rows(v, first, begin, end, group, f, depth);
+        for (int64_t s = begin; !kHasTiles && s < end; ++s) {
           alignas(64) float tile[kCols * kCols];
           const int64_t n = tokens.begin(s), count = tokens.used(s), e = features.begin(f);
-          Both<FetchToWrite, FetchPieces<kHiddenWait>> ahead{
+          Both<FetchToWrite, FetchPieces<4>> ahead{
               {hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * int64_t{sizeof(float)}}, next};
           multiply_strip(gradient.of_tokens(s - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes,
                          weight_columns.get() + f * sizes.weight_column_floats(), depth, tile, kCols, ahead);
@@ -221,7 +222,22 @@ class LinearBackward {
           for (int64_t i = 0; i < count; ++i)
             add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
         }
+      }
     });
+  }
+
+  // The same of strips [begin, end), of whose chunk `first` is the first, and a strip of features, where there are
+  // tiles: one product, added to sums that are whole vectors where they stand.
+  void take_hidden_rows(int64_t v, int64_t first, int64_t begin, int64_t end, int64_t group, int64_t f,
+                        int64_t depth) const {
+    alignas(64) float tile[kTaskStrips * kCols * kCols];
+    const int64_t n = tokens.begin(begin), count = min_of(tokens.size, tokens.begin(end)) - n, e = features.begin(f);
+    const bool stays = needs_hidden_sums() && E % kLanes == 0;
+    float* const to = stays ? hidden_row(n, group) + e : tile;
+    tile_product(gradient.of_tokens(begin - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes, depth,
+                 weight_columns.get() + f * sizes.weight_column_floats(), kCols, to, stays ? E : kCols, stays && v > 0);
+    for (int64_t i = 0; !stays && i < count; ++i)
+      add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
   }
 
   // What this thread reads first of the block of classes from v on and the chunk of tokens from strip `first` on: kept
@@ -355,10 +371,6 @@ class LinearBackward {
     store_row(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1], a.grad_weight.stride[1]);
   }
 
-  // Steps of a product along terms that are not there are taken with zeros.
-  static int64_t whole_depth(int64_t count) { return kHasTiles ? round_up(count, kTileTerms) : count; }
-
-  static constexpr int kHiddenWait = kHasTiles ? 1 : 4;  // a product in tiles has fewer steps
   static constexpr int64_t kPieces = 4 * kMaxBackwardStrips;
   static constexpr int64_t kPerStep = Operands<T>::kPairs ? 2 : 1;  // tokens
 
@@ -401,7 +413,7 @@ static void linear_backward(const LinearCrossEntropyArgs& a, int threads, PartOf
 
 static void linear_cross_entropy_backward(const LinearCrossEntropyArgs& a, int threads) {
   loss::get_gradients(a, threads);
-  loss::with_float(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
+  with_float(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

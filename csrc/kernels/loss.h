@@ -20,17 +20,6 @@ namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
 
-// Calls f with a value of the C++ type that stands for a float dtype. An ISA with tiles is asked for bf16 alone
-// (isa/amx_bf16.cpp), and has no code for others.
-template <class F>
-static void with_float([[maybe_unused]] DType dtype, F f) {
-#ifndef __AMX_BF16__
-  if (dtype == DType::kFloat16) return f(float16{});
-  if (dtype == DType::kFloat32) return f(float{});
-#endif
-  f(bfloat16{});
-}
-
 // softcap * tanh(x / softcap); none where softcap is 0.
 struct Cap {
   float softcap, inverse;

@@ -21,11 +21,14 @@ constexpr int64_t kThreadBytes = 8 << 20;
 constexpr int64_t kMaxRanges = 96;
 constexpr int64_t kMinRangeRows = 4 * kTileRows;
 
-// Of a tile's rows: heights of the products' blocks.
+// What a tile's rows are a multiple of: the height of a product's blocks, and of the squares that LogitGradient
+// transposes.
 constexpr int64_t kRowUnit = kHasTiles ? 32 : kProductRows;
 
-// Backward: classes in a block, strips of tokens in a chunk (2,112 tokens), and the gradient of their logits.
-constexpr int64_t kMaxClasses = (kHasTiles ? 10 : 14) * kTileRows;
+// Backward: classes in a block, strips of tokens in a chunk (2,112 tokens), and the gradient of their logits. Fewer
+// classes for tiles, beside whose products memory counts more: a block's logits that were kept in its rows of the
+// gradient of weight are still near when they are written.
+constexpr int64_t kMaxClasses = (kHasTiles ? 8 : 14) * kTileRows;
 constexpr int64_t kMaxBackwardStrips = 44;
 constexpr int64_t kGradientBytes = 4 << 20;
 constexpr int64_t kHiddenSumBytes = 32 << 20;
