@@ -128,6 +128,13 @@ def test_no_torch_header_and_no_fast_math_in_csrc():
         assert not re.search(r"[\"' ]-ffast-math", text), path
 
 
+def test_a_compiler_without_amx_leaves_its_isa_out(monkeypatch):
+    settings = build_settings()
+    found = settings.host_isas()
+    monkeypatch.setenv("CXX", "false")
+    assert settings.host_isas() == [isa for isa in found if isa != "amx_bf16"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ISAS)
 def test_an_isa_file_shares_no_inline_function_with_others(isa, tmp_path):
