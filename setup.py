@@ -37,13 +37,27 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": [*AVX512_FLAGS, "-mprefer-vector-width=512"],
     "avx512_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mprefer-vector-width=512"],
+    "amx_bf16": [*AVX512_FLAGS, "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mprefer-vector-width=512"],
 }
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
+def compiler() -> list[str]:
+    return shlex.split(os.environ.get("CXX", "g++"))
+
+
+def has_tiles() -> bool:
+    """Whether compiler and assembler know AMX: GCC 11, clang 12, binutils 2.34 and later."""
+    command = [*compiler(), *ISA_FLAGS["amx_bf16"], "-x", "c++", "-c", "-o", os.devnull, "-"]
+    source = 'void f() { asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }'
+    return subprocess.run(command, input=source, text=True, capture_output=True, check=False).returncode == 0
+
+
 def host_isas() -> list[str]:
-    """The ISAs this compiler can target: all of them on x86-64, the portable one elsewhere."""
-    return list(ISA_FLAGS) if platform.machine().lower() in ("x86_64", "amd64") else ["scalar"]
+    """The ISAs this compiler can target: all of them on x86-64 (an old one has no AMX), the portable one elsewhere."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return ["scalar"]
+    return [isa for isa in ISA_FLAGS if isa != "amx_bf16" or has_tiles()]
 
 
 def find_nvcc() -> str | None:
@@ -95,7 +109,7 @@ class NinjaBuildExt(build_ext):
             flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g", "-O1"]
         flags += [f"-DGPT4V_FAST_HAS_{isa.upper()}=1" for isa in isas] + [f"-I{CSRC}"]
         python_flags = [f"-I{path}" for path in (sysconfig.get_paths()["include"], pybind11.get_include())]
-        cxx = shlex.split(os.environ.get("CXX", "g++"))
+        cxx = compiler()
 
         ninja = NinjaFile()
         ninja.rule("cxx", f"{shlex.join(cxx)} $flags -MMD -MF $out.d -c $in -o $out", depfile=True)

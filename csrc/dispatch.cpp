@@ -4,6 +4,12 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(GPT4V_FAST_HAS_AMX_BF16) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace gpt4v_fast {
 
 namespace scalar {
@@ -20,6 +26,11 @@ namespace avx512_bf16 {
 const Kernels& table();
 }
 #endif
+#ifdef GPT4V_FAST_HAS_AMX_BF16
+namespace amx_bf16 {
+const Kernels& table();
+}
+#endif
 
 namespace {
 
@@ -27,6 +38,26 @@ struct Candidate {
   const Kernels& (*table)();
   bool supported;
 };
+
+#ifdef GPT4V_FAST_HAS_AMX_BF16
+// Whether the processor multiplies bf16 tiles, and the system lets this process: Linux saves tiles only for one that
+// has asked, once for all its threads.
+bool has_amx() {
+#ifdef __linux__
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: Linux 5.16
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  static const bool granted = [] {
+    unsigned eax, ebx, ecx, edx = 0;
+    if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
+    if ((edx & kAmxBf16) == 0 || (edx & kAmxTile) == 0) return false;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return granted;
+#else
+  return false;
+#endif
+}
+#endif
 
 // __builtin_cpu_supports also asks the operating system whether it saves the wide registers.
 std::vector<Candidate> candidates() {
@@ -38,7 +69,11 @@ std::vector<Candidate> candidates() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   found.push_back({avx2::table, has_avx2});
   found.push_back({avx512::table, has_avx512});
-  found.push_back({avx512_bf16::table, has_avx512 && __builtin_cpu_supports("avx512bf16")});
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  found.push_back({avx512_bf16::table, has_bf16});
+#ifdef GPT4V_FAST_HAS_AMX_BF16
+  found.push_back({amx_bf16::table, has_bf16 && has_amx()});
+#endif
 #endif
   return found;
 }

@@ -191,7 +191,7 @@ def hints(found: dict[str, Any]) -> list[str]:
     available, openmp = found["isas"]["available"], found["openmp"] or []
     backend, cores, threads = environment.get("GPT4V_FAST_BACKEND"), found["cores"], found["threads"]
     fallbacks = sorted({f"{k['op']} ({k['dtype']}, {k['device']})" for k in found["kernels"] if k["fallback"]})
-    no_bf16 = available[-1] not in ("scalar", "avx512_bf16")
+    no_bf16 = available[-1] not in ("scalar", "avx512_bf16", "amx_bf16")
     no_cuda_object = found["gpus"] and torch.version.cuda is not None and not found["cuda_object"]
     by_condition = (
         (

@@ -19,6 +19,7 @@ from gpt4v_fast._native import _C
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = (FP32, BF16, FP16)
 ISAS = backends.available_isas()
+BF16_ISAS = ("avx512_bf16", "amx_bf16")  # those that multiply bf16; the others widen it to fp32
 
 
 @pytest.fixture
@@ -180,7 +181,7 @@ class _Saved(torch.autograd.Function):
 
 def operand_bits(dtype: torch.dtype) -> int:
     """How many bits the weights have that the CPU kernel multiplies with v (csrc/kernels/attention_forward.h)."""
-    return BITS[BF16] if dtype == BF16 and _C.isa() == "avx512_bf16" else BITS[FP32]
+    return BITS[BF16] if dtype == BF16 and _C.isa() in BF16_ISAS else BITS[FP32]
 
 
 def saved_bits(dtype: torch.dtype) -> int:

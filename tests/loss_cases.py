@@ -19,6 +19,7 @@ from gpt4v_fast import backends
 
 IGNORED = -100
 ISAS = backends.available_isas()
+BF16_ISAS = ("avx512_bf16", "amx_bf16")  # those that multiply bf16; the others widen it to fp32
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 
 

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import (
     BF16,
+    BF16_ISAS,
     EVERYTHING,
     FP16,
     FP32,
@@ -102,7 +103,7 @@ def check(case: Case, factor: float = 1.0) -> None:
 
     of_op, of_oracle = run(gf.linear_cross_entropy), run(reference.linear_cross_entropy)
     # Where there are products of bf16, the gradient of logits is rounded for them.
-    bits = BITS[BF16 if case.dtype == BF16 and _C.isa() == "avx512_bf16" else FP32]
+    bits = BITS[BF16 if case.dtype == BF16 and _C.isa() in BF16_ISAS else FP32]
     compare(
         of_op, of_oracle, tensors,
         gradients=tuple(tensors), native=native, output_names=("loss",), backward_operands=bits,

@@ -15,7 +15,7 @@ from gpt4v_fast import _native, backends
 from gpt4v_fast._native import _C
 
 ROOT = Path(__file__).resolve().parents[1]
-ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
 
 
 def build_settings():
@@ -126,6 +126,13 @@ def test_no_torch_header_and_no_fast_math_in_csrc():
         text = path.read_text()
         assert not re.search(r"#\s*include\s*[<\"](torch|ATen|c10)/", text), path
         assert not re.search(r"[\"' ]-ffast-math", text), path
+
+
+def test_a_compiler_without_amx_leaves_its_isa_out(monkeypatch):
+    settings = build_settings()
+    found = settings.host_isas()
+    monkeypatch.setenv("CXX", "false")
+    assert settings.host_isas() == [isa for isa in found if isa != "amx_bf16"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,14 @@ import pytest
 from attention_cases import ISAS
 
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma"
-FLAGS = {"scalar": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512_bf16": f"{AVX512} -mavx512bf16"}
+BF16 = f"{AVX512} -mavx512bf16"
+FLAGS = {
+    "scalar": "",
+    "avx2": "-mavx2 -mfma",
+    "avx512": AVX512,
+    "avx512_bf16": BF16,
+    "amx_bf16": f"{BF16} -mamx-tile -mamx-bf16",
+}
 
 
 @pytest.fixture(scope="module", params=ISAS)

@@ -41,26 +41,12 @@ static int team_of(const AttentionArgs& a, int products, int threads) {
 
 static void attention_forward(const AttentionArgs& a, int threads) {
   threads = team_of(a, 2, threads);
-  switch (a.q.dtype) {
-    case DType::kBFloat16:
-      return attention_forward_any<bfloat16>(a, threads);
-    case DType::kFloat16:
-      return attention_forward_any<float16>(a, threads);
-    default:
-      return attention_forward_any<float>(a, threads);
-  }
+  with_float(a.q.dtype, [&](auto zero) { attention_forward_any<decltype(zero)>(a, threads); });
 }
 
 static void attention_backward(const AttentionArgs& a, int threads) {
   threads = team_of(a, 5, threads);
-  switch (a.q.dtype) {
-    case DType::kBFloat16:
-      return attention_backward_as<bfloat16>(a, threads);
-    case DType::kFloat16:
-      return attention_backward_as<float16>(a, threads);
-    default:
-      return attention_backward_as<float>(a, threads);
-  }
+  with_float(a.q.dtype, [&](auto zero) { attention_backward_as<decltype(zero)>(a, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -9,7 +9,7 @@
 // for the key block and all of the group's strips at once dV and dK, whose sums over queries are long then. dQ belongs
 // to the group; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch, which is not touched where
 // no query sees a key. Of a tile that a mask cuts each vector of queries takes part with the keys that one of its
-// queries sees, in eights. Where a call has fewer than kUnits key heads, each is shared by several units, whose sums
+// queries sees, in runs. Where a call has fewer than kUnits key heads, each is shared by several units, whose sums
 // are added in a fixed order; so the result does not depend on the number of threads, and at most max(kUnits, B Hkv)
 // threads find work.
 #pragma once
@@ -249,6 +249,7 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
   int64_t claimed = 0;
 #pragma omp parallel num_threads(team)
   {
+    [[maybe_unused]] const Tiles tiles;
     GradientScratch<T> s(a, scratch.get() + omp_get_thread_num() * sizes.size);
     const auto claim = [&] {
       int64_t unit;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "simd/buffer.h"
+#include "simd/tiles.h"
 #include "simd/vec_math.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
@@ -202,8 +203,8 @@ struct KeyIds {
   }
 };
 
-// Keys of a tile are left out in runs of so many: the rows of a register tile of AVX-512.
-constexpr int kKeyRun = 8;
+// Keys of a tile are left out in runs of so many: the rows of a register tile of AVX-512, or of AMX.
+constexpr int kKeyRun = kHasTiles ? kTileSide : 8;
 static_assert(kKeys % kKeyRun == 0);
 
 // Keys [begin, end) of a tile, begin and unless it is the tile's also end a multiple of kKeyRun.

@@ -4,7 +4,8 @@
 //     scores[key][query]  = K Q^T                      48 x 128 x D multiply-adds
 //     weights[key][query] = 2^(factor scores - base), all keys of a query in one lane
 //     out[d][query]       = out alpha + V^T weights     48 x 128 x Dv multiply-adds
-// so both products broadcast K and V from their natural layout and no reduction crosses lanes. base is the running
+// so both products broadcast K and V from their natural layout and no reduction crosses lanes (AMX's tiles take V
+// transposed, and their products have no softmax woven in). base is the running
 // maximum times factor, and factor is log2(e), times the softmax scale where nothing comes between the product and the
 // exponential. A unit of work is up to kForwardStrips strips of one key head, which share what has to be copied of a
 // block of keys (another dtype, rows far apart). Blocks of keys that no query of a strip sees are skipped, and so are
@@ -117,7 +118,7 @@ static inline void copy_lanes(const float* from, float* to) {
 }
 
 // The keys of a tile for each vector of queries, not fewer than for the vector before, so that little is done for a
-// triangle that is hidden: as many as one of the vector's queries sees, in eights.
+// triangle that is hidden: as many as one of the vector's queries sees, in runs.
 struct TileKeys {
   int64_t n, of[kQueryVectors];  // all of them, and those of a vector
 
@@ -126,7 +127,8 @@ struct TileKeys {
     for (int v = 0; v < kQueryVectors; ++v) of[v] = n;
   }
   TileKeys(const QueryBlock& block, int64_t j0, int64_t n) : TileKeys(n) {
-    for (int64_t v = 0; v < block.width / kLanes; ++v) of[v] = clamp(round_up(block.vector_last[v] + 1 - j0, 8), 0, n);
+    for (int64_t v = 0; v < block.width / kLanes; ++v)
+      of[v] = clamp(round_up(block.vector_last[v] + 1 - j0, kKeyRun), 0, n);
   }
 };
 
@@ -304,6 +306,7 @@ static void attention_forward_plain_or_not(const AttentionArgs& a, int threads) 
   const Buffer<float> scratch(team * scratch_size);
 #pragma omp parallel num_threads(team)
   {
+    [[maybe_unused]] const Tiles tiles;
     const ForwardScratch s(a, unit_strips, scratch.get() + omp_get_thread_num() * scratch_size);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < count; ++unit) {

@@ -291,14 +291,7 @@ static void attention_kvcache_as(const KvCacheArgs& c, int threads) {
 }
 
 static void attention_kvcache(const KvCacheArgs& c, int threads) {
-  switch (c.q.dtype) {
-    case DType::kBFloat16:
-      return attention_kvcache_as<bfloat16>(c, threads);
-    case DType::kFloat16:
-      return attention_kvcache_as<float16>(c, threads);
-    default:
-      return attention_kvcache_as<float>(c, threads);
-  }
+  with_float(c.q.dtype, [&](auto zero) { attention_kvcache_as<decltype(zero)>(c, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "kernels/attention_work.h"
-#include "kernels/operands.h"
+#include "kernels/tile_products.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 

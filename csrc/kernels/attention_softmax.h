@@ -91,6 +91,31 @@ struct WeightWork {
     lanes_left -= kLanes, scores += kLanes, stats += kLanes, ++n;
     start_vector();
   }
+  // All steps that are left, where none is done beside a product (tiles): two at a time, for a sum in memory would wait
+  // for itself.
+  void finish() {
+    for (; lanes_left > 0; lanes_left -= kLanes, scores += kLanes, stats += kLanes, ++n, start_vector()) {
+      const SoftmaxStats s(stats);
+      const Vec factor = load_vec(s.factor), base = load_vec(s.base);
+      Vec sums[2 * kRows] = {load_vec(s.sum)};
+      const auto take = [&](int64_t at, int first) ALWAYS_INLINE_LAMBDA {
+        Vec weight[kRows];
+#pragma GCC unroll 2
+        for (int i = 0; i < kRows; ++i) {
+          weight[i] = exp2(exponent<kPlain>(load_vec(from + (kRows * at + i) * kQueries), factor, base));
+          sums[first + i] += weight[i];
+        }
+        store_vec(to + at * kQueries, kPairs ? pair_of(weight[0], weight[kRows - 1]) : weight[0]);
+      };
+      int64_t at = 0;
+      for (; at + 2 <= left; at += 2) take(at, 0), take(at + 1, kRows);
+      if (at < left) take(at, 0);
+      Vec sum = sums[0];
+#pragma GCC unroll 3
+      for (int i = 1; i < 2 * kRows; ++i) sum += sums[i];
+      store_vec(s.sum, sum);
+    }
+  }
 };
 
 // A running maximum may be passed by so many powers of two before it moves, for weights up to 256 are as exact as those
@@ -127,7 +152,10 @@ static bool start_softmax(int64_t width, float factor, const StripState& strip, 
 // All weights of a tile that are left, and the running sum.
 template <class Work>
 static void finish_softmax(int64_t width, const StripState& strip, const float* alpha, const float* stats, Work& work) {
-  while (!work.is_done()) work.step();
+  if (kHasTiles)
+    work.finish();
+  else
+    while (!work.is_done()) work.step();
   const float* sum = stats + kQueries;
   for (int64_t lane = 0; lane < width; lane += kLanes)
     store_vec(strip.sum + lane, mul_add(load_vec(strip.sum + lane), load_vec(alpha + lane), load_vec(sum + lane)));

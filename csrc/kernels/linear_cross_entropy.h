@@ -51,6 +51,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
 
 #pragma omp parallel num_threads(team)
   for (int64_t first = 0; first < strips.count; first += chunk) {
+    [[maybe_unused]] const Tiles tiles;
     const int64_t last = min_of(strips.count, first + chunk);
     pack_tokens_by_team(hidden, strips, first, last, E, packed.get(), [](int64_t) { return true; });
 #pragma omp for schedule(dynamic, 1)
@@ -66,6 +67,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
         for (int64_t s = first; s < last; ++s) {
           alignas(64) float tile[kTileRows * kCols];
           Both<FetchToWrite, Fetch> fetch{kept.ahead(s, v), weight_ahead};
+          while (kHasTiles && fetch.first.rows > 0) fetch.step();
           rows.logits(packed.get() + (s - first) * strip_size<T>(E), strips.lanes(s), E, tile, fetch);
           weight_ahead = fetch.second;
           Lanes& statistics = lanes[s - first];
@@ -97,7 +99,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
 }  // namespace loss
 
 static void linear_cross_entropy_forward(const LinearCrossEntropyArgs& a, int threads) {
-  loss::with_float(a.hidden.dtype, [&](auto zero) { loss::linear_forward<decltype(zero)>(a, threads); });
+  with_float(a.hidden.dtype, [&](auto zero) { loss::linear_forward<decltype(zero)>(a, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

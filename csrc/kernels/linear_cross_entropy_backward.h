@@ -92,9 +92,9 @@ class LinearBackward {
         token_lanes(sizes.strips * strip_size<T>(E)),
         token_columns(args.grad_weight.defined ? sizes.token_column_floats() * features.count : 0),
         weight_columns(args.grad_hidden.defined ? sizes.weight_column_floats() * features.count : 0),
-        gradient_rows(LogitGradient<T>::floats(sizes.strips, sizes.classes)),
-        gradient_pairs(LogitGradient<T>::kPairs ? LogitGradient<T>::floats(sizes.strips, sizes.classes) / 2 : 0),
-        gradient{gradient_rows.get(), gradient_pairs.get(), sizes.classes},
+        gradient_rows(LogitGradient<T>::row_elements(sizes.strips, sizes.classes)),
+        gradient_others(LogitGradient<T>::other_elements(sizes.strips, sizes.classes)),
+        gradient{gradient_rows.get(), gradient_others.get(), sizes.strips, sizes.classes},
         bias_sums(args.grad_bias.defined ? sizes.classes * sizes.strips : 0),
         slopes(sizes.strips),
         hidden_sums(needs_hidden_sums() ? min_of(sizes.group, tokens.count) * kCols * E : 0),
@@ -123,6 +123,7 @@ class LinearBackward {
   void pass(int64_t begin, int64_t end, bool of_hidden, bool of_rows) {
 #pragma omp parallel num_threads(team)
     {
+      [[maybe_unused]] const Tiles tiles;
       TeamTasks::Round round;
       for (int64_t v = 0; v < V; v += sizes.classes) {
         const int64_t rows = min_of(sizes.classes, V - v);
@@ -187,7 +188,7 @@ class LinearBackward {
         } else {
           gradients.of_logits(kept.logits(s, v + row), lanes, tile);
         }
-        gradient.store(tile, count, lanes, s - first, row);
+        gradient.store(tile, count, lanes, s - first, tokens.begin(s) - tokens.begin(first), row);
         for (int64_t r = 0; a.grad_bias.defined && r < count; ++r) {
           Vec sum = {};
           for (int64_t lane = 0; lane < lanes; lane += kLanes) sum += load_vec(tile + r * kCols + lane);
@@ -207,19 +208,36 @@ class LinearBackward {
     FetchPieces<4> next{pieces, next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
     tasks.run(round, groups * columns, [&](int64_t task) {
       const int64_t begin = first + task % groups * kTaskStrips, feature = task / groups * kTaskStrips;
-      for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f)
-        for (int64_t s = begin; s < min_of(last, begin + kTaskStrips); ++s) {
+      const int64_t end = min_of(last, begin + kTaskStrips);
+      for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f) {
+        if constexpr (kHasTiles) take_hidden_rows(v, first, begin, end, group, f, depth);
+        for (int64_t s = begin; !kHasTiles && s < end; ++s) {
           alignas(64) float tile[kCols * kCols];
           const int64_t n = tokens.begin(s), count = tokens.used(s), e = features.begin(f);
           Both<FetchToWrite, FetchPieces<4>> ahead{
               {hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * int64_t{sizeof(float)}}, next};
-          multiply_strip(gradient.of_tokens(s - first), count, features.lanes(f) / kLanes,
+          multiply_strip(gradient.of_tokens(s - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes,
                          weight_columns.get() + f * sizes.weight_column_floats(), depth, tile, kCols, ahead);
           next = ahead.second;
           for (int64_t i = 0; i < count; ++i)
             add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
         }
+      }
     });
+  }
+
+  // The same of strips [begin, end), of whose chunk `first` is the first, and a strip of features, where there are
+  // tiles: one product, added to sums that are whole vectors where they stand.
+  void take_hidden_rows(int64_t v, int64_t first, int64_t begin, int64_t end, int64_t group, int64_t f,
+                        int64_t depth) const {
+    alignas(64) float tile[kTaskStrips * kCols * kCols];
+    const int64_t n = tokens.begin(begin), count = min_of(tokens.size, tokens.begin(end)) - n, e = features.begin(f);
+    const bool stays = needs_hidden_sums() && E % kLanes == 0;
+    float* const to = stays ? hidden_row(n, group) + e : tile;
+    tile_product(gradient.of_tokens(begin - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes, depth,
+                 weight_columns.get() + f * sizes.weight_column_floats(), kCols, to, stays ? E : kCols, stays && v > 0);
+    for (int64_t i = 0; !stays && i < count; ++i)
+      add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
   }
 
   // What this thread reads first of the block of classes from v on and the chunk of tokens from strip `first` on: kept
@@ -284,8 +302,14 @@ class LinearBackward {
         alignas(64) float tile[kTileRows * kCols];
         Both<FetchToWrite, Both<FetchToWrite, FetchPieces<1>>> ahead{weight_rows_ahead(v, row, count, f, last),
                                                                      {halves_ahead(v, row, count, f), others}};
-        multiply_tokens(tokens, first, last, kPerStep, count, features.lanes(f) / kLanes, gradient.of_classes(0, row),
-                        sizes.classes * kCols, token_columns.get() + f * sizes.token_column_floats(), tile, ahead);
+        const float* columns = token_columns.get() + f * sizes.token_column_floats();
+        const int64_t vectors = features.lanes(f) / kLanes;
+        if constexpr (kHasTiles)
+          multiply_strip(gradient.of_classes(row), count, vectors, columns,
+                         (tokens.begin(last) - tokens.begin(first)) / kPerStep, tile, kCols, ahead);
+        else
+          multiply_tokens(tokens, first, last, kPerStep, count, vectors, gradient.of_classes(row),
+                          sizes.classes * kCols, columns, tile, ahead);
         others = ahead.second.second;
         for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols);
       }
@@ -364,8 +388,7 @@ class LinearBackward {
   const int team;
   const TeamTasks tasks;
   const Buffer<float> scratch, token_lanes, token_columns, weight_columns;
-  const Buffer<typename Operands<T>::Element> gradient_rows;
-  const Buffer<float> gradient_pairs;
+  const Buffer<typename Operands<T>::Element> gradient_rows, gradient_others;
   const LogitGradient<T> gradient;
   const Buffer<float> bias_sums;  // [class][strip]
   const Buffer<TokenSlopes> slopes;
@@ -390,7 +413,7 @@ static void linear_backward(const LinearCrossEntropyArgs& a, int threads, PartOf
 
 static void linear_cross_entropy_backward(const LinearCrossEntropyArgs& a, int threads) {
   loss::get_gradients(a, threads);
-  loss::with_float(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
+  with_float(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -20,14 +20,6 @@ namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
 
-// Calls f with a value of the C++ type that stands for a float dtype.
-template <class F>
-static void with_float(DType dtype, F f) {
-  if (dtype == DType::kBFloat16) return f(bfloat16{});
-  if (dtype == DType::kFloat16) return f(float16{});
-  f(float{});
-}
-
 // softcap * tanh(x / softcap); none where softcap is 0.
 struct Cap {
   float softcap, inverse;

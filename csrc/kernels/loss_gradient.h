@@ -99,16 +99,22 @@ struct GradientTile {
 
 // The gradients G of a block of classes' and a chunk of tokens' logits as the products take them, strip by strip of
 // tokens: [strip][class][kCols] for both products or, with bf16, for the weight's gradient, and pairs of classes
-// [strip][class / 2][kCols] for hidden's.
+// [strip][class / 2][kCols] for hidden's. Tiles (AMX) take rows that are contiguous along what is summed over,
+// [class][token] and [token][class].
 template <class T>
 struct LogitGradient {
   using Element = typename Operands<T>::Element;
   static constexpr bool kPairs = Operands<T>::kPairs;
   Element* rows;
-  float* pairs;     // or null
-  int64_t classes;  // an even number
+  Element* others;  // pairs, or rows of tokens; null with fp32
+  int64_t strips, classes;
 
-  static int64_t floats(int64_t strips, int64_t classes) { return strips * classes * kCols; }
+  static int64_t row_elements(int64_t strips, int64_t classes) {
+    return classes * (kHasTiles ? tile_stride(strips * kCols) : strips * kCols);
+  }
+  static int64_t other_elements(int64_t strips, int64_t classes) {
+    return !kPairs ? 0 : strips * kCols * (kHasTiles ? tile_stride(classes) : classes);
+  }
 
   // Where the tile of a strip whose first class is `first` belongs in fp32, if it is kept like that.
   float* tile(int64_t strip, int64_t first) const {
@@ -118,11 +124,13 @@ struct LogitGradient {
       return rows + (strip * classes + first) * kCols;
   }
 
-  // A tile of gradients, (count, kCols), whose first class is even.
-  void store(const float* from, int64_t count, int64_t lanes, int64_t strip, int64_t first) const {
-    if constexpr (kPairs) {
+  // A tile of gradients, (count, kCols), whose first class is even; `token` is its strip's first one.
+  void store(const float* from, int64_t count, int64_t lanes, int64_t strip, int64_t token, int64_t first) const {
+    if constexpr (kPairs && kHasTiles) {
+      store_for_tiles(from, count, lanes, token, first);
+    } else if constexpr (kPairs) {
       Element* row = rows + (strip * classes + first) * kCols;
-      float* pair = pairs + (strip * classes + first) / 2 * kCols;
+      float* pair = reinterpret_cast<float*>(others) + (strip * classes + first) / 2 * kCols;
       for (int64_t r = 0; r < count; r += 2, from += 2 * kCols, row += 2 * kCols, pair += kCols)
         for (int64_t lane = 0; lane < lanes; lane += kLanes) {
           const Vec low = load_vec(from + lane), high = r + 1 < count ? load_vec(from + kCols + lane) : Vec{};
@@ -132,23 +140,52 @@ struct LogitGradient {
         }
     }
   }
-  // Classes from `first` on as rows, and tokens of the strips, this one the first of them, as depth.
-  typename Operands<T>::RowOperand of_classes(int64_t strip, int64_t first) const {
-    return {rows + (strip * classes + first) * kCols, kCols};
+  // Classes from `first` on as rows, and all tokens as depth.
+  typename Operands<T>::RowOperand of_classes(int64_t first) const {
+    if constexpr (kPairs && kHasTiles) {
+      const int64_t stride = tile_stride(strips * kCols);
+      return {rows + first * stride, stride};
+    } else {
+      return {rows + first * kCols, kCols};
+    }
   }
-  // The memory of of_tokens(strip).
+  // The memory of of_tokens.
   const char* of_products(int64_t strip) const {
-    if constexpr (kPairs)
-      return reinterpret_cast<const char*>(pairs + strip * (classes / 2) * kCols);
-    else
-      return reinterpret_cast<const char*>(rows + strip * classes * kCols);
+    return reinterpret_cast<const char*>((kPairs ? others : rows) + strip * classes * kCols);
   }
   // Tokens of a strip as rows, classes as depth.
-  typename Operands<T>::ColumnOperand of_tokens(int64_t strip) const {
-    if constexpr (kPairs)
-      return {reinterpret_cast<const Element*>(pairs + strip * (classes / 2) * kCols), 2 * kCols};
-    else
-      return {rows + strip * classes * kCols, kCols};
+  auto of_tokens(int64_t strip, [[maybe_unused]] int64_t token) const {
+    if constexpr (kPairs && kHasTiles) {
+      const int64_t stride = tile_stride(classes);
+      return typename Operands<T>::RowOperand{others + token * stride, stride};
+    } else {
+      return typename Operands<T>::ColumnOperand{(kPairs ? others : rows) + strip * classes * kCols,
+                                                 (kPairs ? 2 : 1) * kCols};
+    }
+  }
+
+ private:
+  // Squares of 16 tokens and 16 pairs of classes are transposed; zeros stand for classes past the last.
+  void store_for_tiles(const float* from, int64_t count, int64_t lanes, int64_t token, int64_t first) const {
+    const int64_t row_stride = tile_stride(strips * kCols), other_stride = tile_stride(classes);
+    for (int64_t lane = 0; lane < lanes; lane += kLanes)
+      for (int64_t begin = 0; begin < count; begin += 2 * kLanes) {
+        Vec square[kLanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          const int64_t r = begin + 2 * i;
+          const float* at = from + r * kCols + lane;
+          const Vec low = r < count ? load_vec(at) : Vec{}, high = r + 1 < count ? load_vec(at + kCols) : Vec{};
+          Element* row = rows + (first + r) * row_stride + token + lane;
+          if (r < count) gpt4v_fast::GPT4V_FAST_ISA::store_row(row, low);
+          if (r + 1 < count) gpt4v_fast::GPT4V_FAST_ISA::store_row(row + row_stride, high);
+          square[i] = pair_of(low, high);
+        }
+        exchange<1>(square);
+        float* to = reinterpret_cast<float*>(others + (token + lane) * other_stride + first + begin);
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store_vec(to + i * (other_stride / 2), square[i]);
+      }
   }
 };
 

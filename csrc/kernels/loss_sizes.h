@@ -21,8 +21,14 @@ constexpr int64_t kThreadBytes = 8 << 20;
 constexpr int64_t kMaxRanges = 96;
 constexpr int64_t kMinRangeRows = 4 * kTileRows;
 
-// Backward: classes in a block, strips of tokens in a chunk (2,112 tokens), and the gradient of their logits.
-constexpr int64_t kMaxClasses = 14 * kTileRows;
+// What a tile's rows are a multiple of: the height of a product's blocks, and of the squares that LogitGradient
+// transposes.
+constexpr int64_t kRowUnit = kHasTiles ? 32 : kProductRows;
+
+// Backward: classes in a block, strips of tokens in a chunk (2,112 tokens), and the gradient of their logits. Fewer
+// classes for tiles, beside whose products memory counts more: a block's logits that were kept in its rows of the
+// gradient of weight are still near when they are written.
+constexpr int64_t kMaxClasses = (kHasTiles ? 8 : 14) * kTileRows;
 constexpr int64_t kMaxBackwardStrips = 44;
 constexpr int64_t kGradientBytes = 4 << 20;
 constexpr int64_t kHiddenSumBytes = 32 << 20;
@@ -41,8 +47,8 @@ static int64_t forward_strips(int64_t E, int64_t strips) {
 template <class T>
 static int64_t weight_rows(int64_t E) {
   const int64_t bytes = sizeof(typename Operands<T>::Element) * max_of(E, 1);
-  const int64_t fitting = kWeightBytes / bytes / kProductRows * kProductRows;
-  return max_of(kProductRows, min_of(kTileRows, fitting));
+  const int64_t fitting = kWeightBytes / bytes / kRowUnit * kRowUnit;
+  return max_of(kRowUnit, min_of(kTileRows, fitting));
 }
 
 // Of a copied row: not a power of two, or all rows would fall into the same few lines of a first-level cache.
@@ -131,6 +137,10 @@ struct WeightTile {
   }
 };
 
+// How far rows of bf16 that tiles take are apart: whole cache lines, an odd number of them, or many rows would fall
+// into the same few lines of a first-level cache.
+static inline int64_t tile_stride(int64_t count) { return (ceil_div(count, 32) | 1) * 32; }
+
 // What a gradient tile needs of its tokens, lane by lane.
 struct TokenSlopes {
   alignas(64) float p[kCols], all[kCols], lse[kCols], lse_low[kCols];
@@ -183,9 +193,14 @@ struct BackwardSizes {
     const bool sums_hidden = sizeof(T) != sizeof(float),
                sums_weight = strips < all && (sums_hidden || keeps_in_gradient);
     const int64_t floats = strips * strip_size<T>(E) + (token_column_floats() + weight_column_floats()) * columns +
-                           classes * strips * kCols + classes * strips +
-                           (sums_hidden ? min_of(group, all) * kCols * E : 0) + (sums_weight ? classes * E : 0);
+                           gradient_floats() + classes * strips + (sums_hidden ? min_of(group, all) * kCols * E : 0) +
+                           (sums_weight ? classes * E : 0);
     return 4 * floats + strips * int64_t{sizeof(TokenSlopes)};
+  }
+  // Of the logits: two forms of it with bf16, in half the bytes.
+  int64_t gradient_floats() const {
+    const int64_t lanes = strips * kCols;
+    return kHasTiles ? (classes * tile_stride(lanes) + lanes * tile_stride(classes)) / 2 : classes * lanes;
   }
   // A strip of features, of a block's classes or a chunk's tokens.
   int64_t weight_column_floats() const { return strip_size<T>(classes); }

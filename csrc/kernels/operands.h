@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/tile.h"
+#include "simd/tiles.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
@@ -37,7 +38,7 @@ struct Operands<bfloat16> {
   static constexpr bool kPairs = true;
   using Element = bfloat16;
   using RowOperand = BroadcastPairs<Along::kDepth>;
-  using ColumnOperand = BroadcastPairs<Along::kRows>;
+  using ColumnOperand = BroadcastPairs<kHasTiles ? Along::kDepth : Along::kRows>;
 
   static int64_t depth(int64_t count) { return (count + 1) / 2; }
 
@@ -68,7 +69,21 @@ struct Operands<bfloat16> {
       for (; d < width; ++d) pairs[d] = 0;
     }
   }
+  // Tiles take the columns as rows, [cols][n]: pairs of rows in squares of 16 that are transposed. `scratch` holds
+  // width (n / 2) floats, n rounded up to pairs of 16.
   static ColumnOperand columns_of(Rows<const bfloat16> from, int64_t n, int64_t cols, float* scratch, int64_t width) {
+    if constexpr (kHasTiles) {
+      const int64_t pairs = round_up(depth(n), kLanes);
+      alignas(64) uint32_t block[kLanes * kLanes];
+      for (int64_t c = 0; c < n; c += 2 * kLanes)
+        for (int64_t d = 0; d < width; d += kLanes) {
+          const int64_t rows = min_of(2 * kLanes, n - c), used = max_of(0, min_of(kLanes, cols - d));
+          interleave_rows({from.data + c * from.row_stride + d * from.col_stride, from.row_stride, from.col_stride},
+                          rows, used, reinterpret_cast<float*>(block), kLanes);
+          transpose_square(reinterpret_cast<const float*>(block), kLanes, scratch + d * pairs + c / 2, pairs);
+        }
+      return {reinterpret_cast<const bfloat16*>(scratch), 2 * pairs};
+    }
     interleave_rows(from, n, cols, scratch, width);
     return {reinterpret_cast<const bfloat16*>(scratch), 2 * width};
   }

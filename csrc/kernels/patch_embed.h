@@ -32,13 +32,6 @@ static inline int thread_id() { return omp_get_thread_num(); }
 
 // Calls f with a value of the C++ type that stands for a dtype.
 template <class F>
-static void with_float(DType dtype, F f) {
-  if (dtype == DType::kBFloat16) return f(bfloat16{});
-  if (dtype == DType::kFloat16) return f(float16{});
-  f(float{});
-}
-
-template <class F>
 static void with_pixel(DType dtype, F f) {
   if (dtype == DType::kUInt8) return f(uint8_t{});
   with_float(dtype, f);
@@ -328,8 +321,8 @@ static void patch_embed_forward(const PatchEmbedArgs& args, int threads) {
                           [&](auto type) { patch::pack_patch_rows<decltype(type)>(args, layout, first, count, out); });
       },
       [&](int64_t channel, float* out) {
-        patch::with_float(args.weight.dtype,
-                          [&](auto type) { patch::pack_weight_columns<decltype(type)>(args, layout, channel, out); });
+        with_float(args.weight.dtype,
+                   [&](auto type) { patch::pack_weight_columns<decltype(type)>(args, layout, channel, out); });
       },
       [&](int64_t first, int64_t count, int64_t channel, float* sums) {
         patch::store_tokens(args, layout, first, count, channel, sums);

@@ -6,7 +6,7 @@
 #include <omp.h>
 
 #include "dispatch.h"
-#include "simd/vec.h"
+#include "simd/tiles.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
@@ -63,7 +63,22 @@ static inline double fma_block() {
   return 2.0 * kLanes * kSums * kSteps;
 }
 
-#ifdef __AVX512BF16__
+#ifdef __AMX_BF16__
+// A product of tiles is 16 x 16 sums of 32 terms. Six independent sums, of which each waits for itself 52 cycles: a
+// product takes the unit 16. The tiles are zeros.
+static inline double dot_bf16_block() {
+  const Tiles tiles;
+  for (int step = 0; step < kSteps; ++step) {
+    multiply_add_tiles<0, 6, 7>();
+    multiply_add_tiles<1, 6, 7>();
+    multiply_add_tiles<2, 6, 7>();
+    multiply_add_tiles<3, 6, 7>();
+    multiply_add_tiles<4, 6, 7>();
+    multiply_add_tiles<5, 6, 7>();
+  }
+  return 2.0 * kTileSide * kTileSide * 2 * kTileSide * 6 * kSteps;
+}
+#elif defined(__AVX512BF16__)
 // 4 flops per lane and step: two products and two sums.
 static inline double dot_bf16_block() {
   const __m512bh one = (__m512bh)_mm512_set1_epi32(0x3f803f80);
@@ -94,12 +109,12 @@ static inline void read_block(const float* data, int64_t count) {
 
 // GFLOP/s of a register-only loop of fused multiply-adds (of a multiplication and an addition on the scalar
 // ISA).
-static double peak_fma(int threads, double seconds) {
+[[maybe_unused]] static double peak_fma(int threads, double seconds) {
   return 1e-9 * peak::rate(threads, seconds, [](int, int, int64_t) { return peak::fma_block(); });
 }
 
-// GFLOP/s of a register-only loop of vdpbf16ps. An ISA without it widens bf16 to fp32: its limit is that of
-// FMA.
+// GFLOP/s of a register-only loop of tdpbf16ps (AMX) or vdpbf16ps. An ISA without either widens bf16 to fp32: its
+// limit is that of FMA.
 static double peak_dot_bf16(int threads, double seconds) {
 #ifdef __AVX512BF16__
   return 1e-9 * peak::rate(threads, seconds, [](int, int, int64_t) { return peak::dot_bf16_block(); });
@@ -110,7 +125,7 @@ static double peak_dot_bf16(int threads, double seconds) {
 
 // GB/s of reading `count` floats in order, each thread its own stretch of them over and over. The caller
 // makes them more than the caches hold, and at least kPeakReadFloats for each thread.
-static double peak_read(const float* data, int64_t count, int threads, double seconds) {
+[[maybe_unused]] static double peak_read(const float* data, int64_t count, int threads, double seconds) {
   return 1e-9 * peak::rate(threads, seconds, [=](int thread, int team, int64_t turn) {
            const int64_t blocks = count / team / kPeakReadFloats;
            const int64_t block = thread * blocks + turn % blocks;
@@ -121,7 +136,7 @@ static double peak_read(const float* data, int64_t count, int threads, double se
 
 // Nanoseconds until one of two threads sees what the other has written, the mean over `seconds`: how far apart their
 // cores are. 0 where the system gives no second thread.
-static double handoff(double seconds) {
+[[maybe_unused]] static double handoff(double seconds) {
   double result = 0.0;
   enum : int { kMine, kYours, kOver };
   alignas(64) int turn = kMine;

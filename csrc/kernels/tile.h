@@ -85,7 +85,8 @@ static void transpose(const float* from, int64_t from_stride, int64_t rows, int6
 }
 
 // The same of kLanes rows of at least kLanes columns and nothing beside them: the last square may overlap.
-static void transpose_rows(const float* from, int64_t from_stride, int64_t cols, float* to, int64_t to_stride) {
+[[maybe_unused]] static void transpose_rows(const float* from, int64_t from_stride, int64_t cols, float* to,
+                                            int64_t to_stride) {
   for (int64_t begin = 0; begin < cols; begin += kLanes) {
     const int64_t c = begin + kLanes <= cols ? begin : cols - kLanes;
     transpose_square(from + c, from_stride, to + c * to_stride, to_stride);
@@ -186,8 +187,8 @@ static inline float sum_of(Vec x) {
 
 // c[i * c_stride + j] = a row i . b row j, for rows (of a) and few (of b, at most kLanes), `width` a multiple of
 // kLanes; the rest of c's first vector is 0.
-static void dot_rows(int64_t rows, int64_t few, int64_t width, const float* a, const float* b, float* c,
-                     int64_t c_stride) {
+[[maybe_unused]] static void dot_rows(int64_t rows, int64_t few, int64_t width, const float* a, const float* b,
+                                      float* c, int64_t c_stride) {
   for (int64_t i = 0; i < rows; ++i) {
     Vec result = {};  // stored whole: a vector load soon after could not be served from single stores
     for (int64_t j = 0; j < few; ++j) {

@@ -15,6 +15,19 @@ struct float16 {
   uint16_t bits;
 };
 
+// Calls f with a value of the C++ type that stands for a float dtype. An ISA with tiles is asked for bf16 alone
+// (isa/amx_bf16.cpp), and has no code for others.
+template <class F>
+static void with_float([[maybe_unused]] DType dtype, F f) {
+#ifdef __AMX_BF16__
+  f(bfloat16{});
+#else
+  if (dtype == DType::kBFloat16) return f(bfloat16{});
+  if (dtype == DType::kFloat16) return f(float16{});
+  f(float{});
+#endif
+}
+
 // a * b + c: one rounding where the ISA has FMA, two on the scalar ISA (a library call per element would be slow).
 static inline float mul_add(float a, float b, float c) {
 #ifdef __FMA__
