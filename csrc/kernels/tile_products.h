@@ -130,10 +130,11 @@ __attribute__((noinline)) static void tile_product(BroadcastPairs<Along::kDepth>
   }
 }
 
-// `product` of tile.h in tiles. All of the other work is left to the caller but what is soon done: see above.
+// `product` of tile.h in tiles. The other work is left to the caller, see above: all of it, or a sum would be taken in
+// an order that depends on whether there was a product beside it.
 template <Into kInto, class Depth, class Work>
 static void product(int64_t rows, int64_t cols, Depth depth, BroadcastPairs<Along::kDepth> a, const float* b,
-                    int64_t b_stride, float* c, int64_t c_stride, float* columns, Work& work) {
+                    int64_t b_stride, float* c, int64_t c_stride, float* columns, Work&) {
   const auto for_rows = [&](int64_t first, int64_t vectors, auto f) ALWAYS_INLINE_LAMBDA {
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t v = first; v < first + vectors; ++v) f(v, c + r * c_stride + v * kLanes);
@@ -141,7 +142,6 @@ static void product(int64_t rows, int64_t cols, Depth depth, BroadcastPairs<Alon
   const int64_t vectors = cols / kLanes, parts = ceil_div(vectors, kProductVectors);
   for (int64_t part = 0, v = 0, count; part < parts; ++part, v += count) {
     count = vectors * (part + 1) / parts - v;
-    work.step();
     if (kInto == Into::kScaleAndAdd)
       for_rows(v, count, [&](int64_t i, float* at) { store_vec(at, load_vec(at) * load_vec(columns + i * kLanes)); });
     // Vectors of the same depth together.
