@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import torch
 
@@ -94,7 +95,7 @@ def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, .
     return AttentionConfig(Tile(*forward), Tile(*dq), Tile(*dkdv))
 
 
-def _tiles(*tiles: tuple[int, ...]) -> tuple[ProductTile, ...]:
+def _tiles(*tiles: tuple[Any, ...]) -> tuple[ProductTile, ...]:
     return tuple(ProductTile(*tile) for tile in tiles)
 
 

@@ -29,13 +29,13 @@ from gpt4v_fast.kernels.cross_entropy import gradient_slopes
 from gpt4v_fast.kernels.linear_cross_entropy import KeptLogits, grouped, kept_layout, kept_places, row_stride
 from gpt4v_fast.kernels.linear_cross_entropy_backward import (
     Call,
-    finish_sums,
     launch_grad_hidden,
     launch_grad_weight,
     launch_gradient,
     run_sweep,
     the_call,
 )
+from gpt4v_fast.kernels.linear_cross_entropy_sums import finish_sums
 
 _LOG2E = tl.constexpr(LOG2E)
 _VECTOR = tl.constexpr(16)
