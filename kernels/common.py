@@ -160,7 +160,7 @@ class Relaunch:
     def __call__(self, function: Any, programs: int, *args: Any, **named: Any) -> None:
         """function[(programs,)](*args, **named); args are all that are not compile-time constants."""
         constants = [named[name] for name in function.arg_names[len(args) :]]
-        key = (function, *constants)
+        key = (id(function), *constants)
         compiled = self._compiled.get(key)
         if compiled is None:  # always so under the interpreter, which compiles nothing
             self._compiled[key] = function[(programs,)](*args, **named)
