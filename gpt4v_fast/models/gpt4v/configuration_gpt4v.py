@@ -175,7 +175,7 @@ class GPT4VConfig(PreTrainedConfig):
         "vision_config": GPT4VVisionConfig,
         "text_config": GPT4VTextConfig,
     }
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_hidden_states"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "image_hidden_states"]
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
+from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -35,7 +36,7 @@ class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["GPT4VBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_flash_attn = False  # a flash-attn call takes no image blocks
     _supports_flex_attn = False
@@ -64,6 +65,10 @@ class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GPT4VVisionTower):
             init.normal_(module.position_embedding, mean=0.0, std=self.config.vision_config.initializer_range)
+
+
+# From transformers 5.24 on `generate` and outputs call past_key_values cache.
+CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
 @dataclass
@@ -177,6 +182,7 @@ class GPT4VModel(GPT4VPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> GPT4VModelOutput:
         """Hidden states of the text.
@@ -187,9 +193,11 @@ class GPT4VModel(GPT4VPreTrainedModel):
             pixel_values (images, C, H, W): the images of all rows, in order; any number for a row, none too.
             attention_mask (B, past + S): 1 for text, 0 for padding, on either side; 2, 3, ... number further
                 documents packed into the same row (give position_ids then).
+            cache: past_key_values, as transformers calls it from 5.24 on.
         Raises:
             ValueError: shapes that do not fit, or a count of `<image>` tokens that is not that of the images.
         """
+        past_key_values = past_key_values if cache is None else cache
         inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
         batch, length = inputs_embeds.shape[:2]
         if use_cache is None:
@@ -232,7 +240,7 @@ class GPT4VModel(GPT4VPreTrainedModel):
         hidden_states = self.language_model.norm(hidden_states)
         return GPT4VModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE: past_key_values if use_cache else None},
             hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             image_hidden_states=features,
@@ -294,6 +302,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         return_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> GPT4VCausalLMOutput:
         """Loss, logits or both; the arguments of `GPT4VModel.forward`, and:
@@ -312,7 +321,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             return_dict=True,
@@ -327,7 +336,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         return GPT4VCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE: outputs.get(CACHE)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
@@ -356,7 +365,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE)
         if cache is not None and cache.get_seq_length() and not kwargs.get("is_first_iteration"):
             inputs["pixel_values"] = None  # the features are in the cache
         return inputs
