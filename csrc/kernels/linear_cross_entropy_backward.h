@@ -205,7 +205,8 @@ class LinearBackward {
     const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
     const int64_t depth = Operands<T>::depth(rows);
     Piece pieces[kPieces];
-    FetchPieces<4> next{pieces, next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
+    // Nothing is fetched beside products of tiles (tile_products.h).
+    FetchPieces<4> next{pieces, kHasTiles ? 0 : next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
     tasks.run(round, groups * columns, [&](int64_t task) {
       const int64_t begin = first + task % groups * kTaskStrips, feature = task / groups * kTaskStrips;
       const int64_t end = min_of(last, begin + kTaskStrips);
@@ -294,7 +295,7 @@ class LinearBackward {
     if (!a.grad_weight.defined) return;
     const int64_t tiles = ceil_div(rows, kTileRows), columns = ceil_div(features.count, kTaskStrips);
     Piece pieces[kPieces];
-    FetchPieces<1> others{pieces, others_memory(rows, last - first, pieces)};
+    FetchPieces<1> others{pieces, kHasTiles ? 0 : others_memory(rows, last - first, pieces)};
     tasks.run(round, tiles * columns, [&](int64_t task) {
       const int64_t row = task / columns * kTileRows, count = min_of(kTileRows, rows - row);
       const int64_t feature = task % columns * kTaskStrips;
