@@ -151,11 +151,13 @@ class Relaunch:
     it does not specialise on, other tensors that begin on 16 bytes.
 
     The first launch of a kernel goes the usual way, which binds and specialises every argument (43 us with 30 of them
-    on the host of an H200, Triton 3.6, as long as some kernels). The others go straight to what that compiled.
+    on the host of an H200, Triton 3.6, as long as some kernels). The others hand what that compiled to its launcher.
+    All are on the stream that is current when this is made.
     """
 
     def __init__(self) -> None:
         self._compiled: dict[Any, Any] = {}
+        self._stream: Any = None
 
     def __call__(self, function: Any, programs: int, *args: Any, **named: Any) -> None:
         """function[(programs,)](*args, **named); args are all that are not compile-time constants."""
@@ -164,8 +166,14 @@ class Relaunch:
         compiled = self._compiled.get(key)
         if compiled is None:  # always so under the interpreter, which compiles nothing
             self._compiled[key] = function[(programs,)](*args, **named)
-        else:
-            compiled[(programs, 1, 1)](*args, *constants)
+            return
+        if self._stream is None:
+            driver = triton.runtime.driver.active
+            self._stream = driver.get_current_stream(driver.get_current_device())
+        hooks = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+        metadata = compiled.launch_metadata((programs, 1, 1), self._stream, *args, *constants)  # for those hooks
+        known = compiled.function, compiled.packed_metadata, metadata
+        compiled.run(programs, 1, 1, self._stream, *known, *hooks, *args, *constants)
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

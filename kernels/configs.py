@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -225,9 +226,10 @@ CHUNK_TOKENS = 8192
 # What decides how many classes a chunk has, beside the room: grad_weight's tiles should fill the multiprocessors of a
 # device to the last wave (132 on an H100 or H200; others lose a little), and grad_hidden's sums are read and written
 # once a chunk, which takes as long as its product of some 600 classes (8 bytes at 4 TB/s, 2 flops a class at 600
-# TFLOP/s).
+# TFLOP/s). Launches of a chunk take at least 10 us.
 MULTIPROCESSORS = 132
 SUMS_CLASSES = 600
+CHUNK_FLOPS = 6e9
 
 # Logits that forward keeps for backward in the memory of grad_weight: of at most E tokens, if those are at least one in
 # KEPT_SHARE; and all scratch of such a call.
@@ -298,40 +300,54 @@ def vocabulary_splits(arch: str, N: int, V: int, tile: ProductTile) -> tuple[int
     return -(-tiles // tiles_per_split), tiles_per_split
 
 
-@functools.lru_cache(maxsize=1024)
-def _chunk_classes(most: int, unit: int, E: int, tile: ProductTile, sums: bool) -> int:
-    """Classes of a chunk, a multiple of unit and at most `most`, that take the least time each; `sums`: those of
-    grad_hidden are read and written for every chunk."""
+def _best_classes(choices: Iterable[int], sizes: tuple[int, int, int], tile: ProductTile, sums: bool) -> int:
+    """Of the possible numbers of classes of a chunk the one that takes the least time; `sizes`: tokens, classes and
+    features of all chunks; `sums`: those of grad_hidden are read and written for every chunk."""
+    N, V, E = sizes
+    columns = max(1, -(-E // tile.block_e))
+    a_chunk = CHUNK_FLOPS / (2 * max(N * E, 1)) + (SUMS_CLASSES if sums else 0)
 
     def cost(classes: int) -> float:
-        tiles = classes // tile.block_v * -(-E // tile.block_e)
-        waves = -(-tiles // MULTIPROCESSORS) * MULTIPROCESSORS / max(tiles, 1)
-        return waves + (SUMS_CLASSES / classes if sums else 0.0)
+        """In classes that a full device takes as long for."""
+        waves = [-(-(-(-c // tile.block_v) * columns) // MULTIPROCESSORS) for c in (classes, V % classes)]
+        of_waves = (V // classes * waves[0] + waves[1]) * MULTIPROCESSORS * tile.block_v / columns
+        return of_waves + -(-V // classes) * a_chunk
 
-    return min(range(most // unit * unit, 0, -unit), key=cost)
+    return min(sorted(choices, reverse=True), key=cost)
+
+
+@functools.lru_cache(maxsize=1024)
+def _chunk_classes(most: int, unit: int, sizes: tuple[int, int, int], tile: ProductTile, sums: bool) -> int:
+    return _best_classes(range(unit, most + 1, unit), sizes, tile, sums)
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
     """Logits that forward keeps for backward where grad_weight will stand, as 16-bit steps below the largest of a tile:
     those of the first `tokens` counted tokens, [chunk of classes][token][class]. A chunk's rows of grad_weight are as
-    large as its logits or larger, and are written once its logits are of no more use."""
+    large as its logits or larger, and are written once its logits are of no more use.
+
+    Of the classes from `stop` on, the last chunk, nothing is kept where lower halves of grad_hidden's sums need the
+    place: grad_weight's last rows are theirs until they are written.
+    """
 
     sizes: tuple[int, int, int]  # N, V, E
     tokens: int  # in whole blocks
     classes: int  # of a chunk
+    stop: int
     tile: int  # classes with one origin
+    near: int  # of the tokens that are not kept, those whose lower halves stand in grad_weight's rows from stop on
 
     @property
     def whole(self) -> int:
-        """Chunks of so many classes; the rest is the last one, whose rows are padded to 16 elements."""
-        return self.sizes[1] // self.classes
+        """Chunks of so many classes; the rest up to stop is another, whose rows are padded to 16 elements."""
+        return self.stop // self.classes
 
     @property
     def elements(self) -> int:
         """Of 16 bits, that grad_weight's memory must have: V E, and a little for the padding."""
         _, V, E = self.sizes
-        padded = -(-(V - self.whole * self.classes) // 16) * 16
+        padded = -(-(self.stop - self.whole * self.classes) // 16) * 16
         return max(V * E, self.whole * self.classes * E + self.tokens * padded)
 
 
@@ -340,21 +356,40 @@ def linear_cross_entropy_kept(
 ) -> Kept | None:
     """What forward keeps, or None. Only where G is rounded to bf16, which is coarser than the steps; `plain`: without a
     bias, whose gradient is not rounded, and without a softcap, whose slope would be that of a rounded logit."""
+    if dtype != torch.bfloat16 or not plain or N == 0:
+        return None
+    return _kept(N, V, E, config, KEPT_BYTES, SUMS_BYTES)
+
+
+@functools.lru_cache(maxsize=1024)
+def _kept(N: int, V: int, E: int, config: LinearCrossEntropyConfig, room: int, sums_room: int) -> Kept | None:
     block = math.lcm(config.forward.block_m, config.gradient.block_m, config.grad_hidden.block_m)
     unit = math.lcm(config.forward.block_v, config.unit)
     rows = -(-N // block) * block
-    if dtype != torch.bfloat16 or not plain or N == 0:
-        return None
     for tokens in range(min(rows, E // block * block), 0, -block):
         if tokens * KEPT_SHARE < N:
             return None
-        sums, origins = max(0, N - tokens) * E * 2, -(-V // config.forward.block_v) * tokens * 4
-        if sums > SUMS_BYTES:  # then grad_hidden of the other tokens has a sweep of its own before the rest
-            sums = 0
-        classes = min((KEPT_BYTES - sums) // (2 * rows), -(-V // unit) * unit)
-        if origins <= KEPT_BYTES and classes >= unit:
-            classes = _chunk_classes(classes, unit, E, config.grad_weight, sums > 0)
-            return Kept((N, V, E), tokens, classes, config.forward.block_v)
+        others = max(0, N - tokens)
+        if others * E * 2 > sums_room:  # then grad_hidden of these has a sweep of its own before the rest
+            others = 0
+
+        def lent(classes: int, others: int = others) -> tuple[int, int]:
+            """(stop, near) for chunks of so many classes."""
+            if others == 0 or classes >= V:
+                return V, others
+            stop = (V - 1) // classes * classes
+            return stop, min(others, (V - stop) // block * block)
+
+        def scratch(classes: int, others: int = others) -> int:
+            beside = others - lent(classes)[1] if classes < V else 0
+            return 2 * rows * classes + 2 * E * beside
+
+        most = min(room // (2 * rows), -(-V // unit) * unit)
+        choices = [classes for classes in range(unit, most + 1, unit) if scratch(classes) <= room]
+        if choices and -(-V // config.forward.block_v) * tokens * 4 <= room:  # origins, in forward
+            classes = _best_classes(choices, (N, V, E), config.grad_weight, others > 0)
+            stop, near = lent(classes)
+            return Kept((N, V, E), tokens, classes, stop, config.forward.block_v, near)
     return None
 
 
@@ -427,7 +462,7 @@ def linear_cross_entropy_sweeps(
         classes = elements // tokens if tokens >= N or not weight else min(elements // tokens, kept)
         classes = max(unit, min(classes // unit * unit, -(-V // unit) * unit))
         if weight:
-            classes = _chunk_classes(classes, unit, E, config.grad_weight, hidden)
+            classes = _chunk_classes(classes, unit, (N, V, E), config.grad_weight, hidden)
         return Sweep((N, V), tokens, classes, hidden, weight, bias, unit, itemsize == 2, first)
 
     if of_hidden and of_weight and kept < N:

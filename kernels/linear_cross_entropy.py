@@ -114,34 +114,34 @@ def logits_tile(
 
 
 @triton.jit
-def kept_places(slots, start, V, E, vectors, whole, BLOCK_V: tl.constexpr):
+def kept_places(slots, start, stop, E, vectors, whole, BLOCK_V: tl.constexpr):
     """(base, places, in_row): where the kept logits of these slots and of classes start.. are (configs.Kept), counted
     from element `base`, and which of the columns a row has."""
     classes = vectors * _VECTOR
     chunk = start // classes
-    width = tl.where(chunk < whole, classes, tl.cdiv(V - whole * classes, _VECTOR) * _VECTOR)
+    width = tl.where(chunk < whole, classes, tl.cdiv(stop - whole * classes, _VECTOR) * _VECTOR)
     inside = start - chunk * classes + tl.arange(0, BLOCK_V)
     places = slots[:, None] * width + inside[None, :]
     return tl.cast(chunk, tl.int64) * classes * E, places, inside // _VECTOR < width // _VECTOR
 
 
 @triton.jit
-def _keep_columns(x, origin, slots, start, V, E, kept_ptr, vectors, whole):
-    base, places, in_row = kept_places(slots, start, V, E, vectors, whole, x.shape[1])
+def _keep_columns(x, origin, slots, start, stop, E, kept_ptr, vectors, whole):
+    base, places, in_row = kept_places(slots, start, stop, E, vectors, whole, x.shape[1])
     steps = tl.minimum(tl.maximum((origin[:, None] - x) * (_STEPS * _LOG2E) + 0.5, 0.0), 65535.0)
     tl.store(kept_ptr + base + places, steps.to(tl.int32).to(tl.int16), mask=in_row[None, :])
 
 
 @triton.jit
-def _keep_half(x, origin, slots, start, V, E, kept_ptr, vectors, whole):
+def _keep_half(x, origin, slots, start, stop, E, kept_ptr, vectors, whole):
     left, right = halves(x)
-    _keep_columns(left, origin, slots, start, V, E, kept_ptr, vectors, whole)
-    _keep_columns(right, origin, slots, start + x.shape[1] // 2, V, E, kept_ptr, vectors, whole)
+    _keep_columns(left, origin, slots, start, stop, E, kept_ptr, vectors, whole)
+    _keep_columns(right, origin, slots, start + x.shape[1] // 2, stop, E, kept_ptr, vectors, whole)
 
 
 @triton.jit
 def _keep_logits(
-    x, largest, slots, start, V, E, kept_ptr, origins_ptr, tokens, vectors, whole, BLOCK_V: tl.constexpr
+    x, largest, slots, start, stop, E, kept_ptr, origins_ptr, tokens, vectors, whole, BLOCK_V: tl.constexpr
 ):  # fmt: skip
     """A tile of logits as 16-bit steps of 2^-9 octaves below the largest of each token: see configs.Kept. Of slots
     without a token too, which have room in a whole block and are made zeros later."""
@@ -149,10 +149,10 @@ def _keep_logits(
     tl.store(origins_ptr + tl.cast(start // BLOCK_V, tl.int64) * tokens + slots, origin)
     if BLOCK_V > 128:  # by quarters, or there would not be registers for their places
         left, right = halves(x)
-        _keep_half(left, origin, slots, start, V, E, kept_ptr, vectors, whole)
-        _keep_half(right, origin, slots, start + BLOCK_V // 2, V, E, kept_ptr, vectors, whole)
+        _keep_half(left, origin, slots, start, stop, E, kept_ptr, vectors, whole)
+        _keep_half(right, origin, slots, start + BLOCK_V // 2, stop, E, kept_ptr, vectors, whole)
     else:
-        _keep_columns(x, origin, slots, start, V, E, kept_ptr, vectors, whole)
+        _keep_columns(x, origin, slots, start, stop, E, kept_ptr, vectors, whole)
 
 
 @triton.jit
@@ -167,11 +167,11 @@ def _origin(largest, softcap, SOFTCAP: tl.constexpr):
     return tl.where(tl.abs(largest) == float("inf"), 0.0, capped(largest, softcap, SOFTCAP))
 
 
-@triton.jit(do_not_specialize=["N", "V", "splits", "tiles_per_split", "tokens", "vectors", "whole"])
+@triton.jit(do_not_specialize=["N", "V", "splits", "tiles_per_split", "tokens", "vectors", "whole", "stop"])
 def _linear_cross_entropy_forward_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, rows_ptr, counts_ptr,
     largest_ptr, sums_ptr, smooth_ptr, best_ptr, label_ptr, kept_ptr, origins_ptr,
-    stride_hidden, stride_weight, depth, N, V, splits, tiles_per_split, tokens, vectors, whole, softcap,
+    stride_hidden, stride_weight, depth, N, V, splits, tiles_per_split, tokens, vectors, whole, stop, softcap,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -179,7 +179,7 @@ def _linear_cross_entropy_forward_kernel(
 ):  # fmt: skip
     """A block of counted tokens and a split of the classes: largest logit and its first column, sum of exp(z - its z),
     with smoothing the sum of w z; each at [split, token of the list]. The logit of a label goes to [token]. Logits of
-    the first tokens are kept if asked for."""
+    the first tokens and classes are kept if asked for."""
     count = tl.load(counts_ptr).to(tl.int32)
     blocks = tl.cdiv(count, BLOCK_M)
     program = tl.program_id(0)
@@ -229,9 +229,9 @@ def _linear_cross_entropy_forward_kernel(
                 z *= tl.load(class_weight_ptr + columns, mask=columns < V, other=0.0)[None, :]
             smooth += tl.sum(z, 1)
         if KEEPS:  # noqa: SIM102  # the compiler must know this one and can't know the next
-            if block * BLOCK_M < tokens:
+            if (block * BLOCK_M < tokens) & (start < stop):
                 _keep_logits(
-                    x, tile_largest, slots, start, V, depth * UNIT, kept_ptr, origins_ptr, tokens, vectors, whole,
+                    x, tile_largest, slots, start, stop, depth * UNIT, kept_ptr, origins_ptr, tokens, vectors, whole,
                     BLOCK_V,
                 )  # fmt: skip
     place = tl.cast(split, tl.int64) * N + slots
@@ -318,9 +318,9 @@ def inputs(hidden: torch.Tensor, weight: torch.Tensor) -> Inputs:
     return Inputs(hidden, weight, of_hidden * factor, of_weight * factor, hidden.shape[1] // shared, shared)
 
 
-def kept_layout(plan: configs.Kept) -> tuple[int, int, int]:
-    """(tokens, vectors of a chunk's row, whole chunks) for the kernels."""
-    return plan.tokens, plan.classes // _VECTOR.value, plan.whole
+def kept_layout(plan: configs.Kept) -> tuple[int, int, int, int]:
+    """(tokens, vectors of a chunk's row, whole chunks, classes in all) for the kernels."""
+    return plan.tokens, plan.classes // _VECTOR.value, plan.whole, plan.stop
 
 
 def list_rows(target: torch.Tensor, V: int, ignore_index: int, arch: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -401,7 +401,7 @@ def _forward(
         flags = {
             "HAS_WEIGHT": class_weight is not None, "SMOOTHING": label_smoothing != 0.0, "SOFTCAP": softcap is not None
         }  # fmt: skip
-        memory, origins, layout = best, largest, (0, 1, 0)  # stand-ins that are never touched
+        memory, origins, layout = best, largest, (0, 1, 0, 0)  # stand-ins that are never touched
         if plan is not None:
             origins = hidden.new_empty(-(-V // tile.block_v), plan.tokens, dtype=torch.float32)
             kept = KeptLogits(plan, hidden.new_empty(plan.elements), origins, label, rows, counts)

@@ -96,17 +96,20 @@ def _linear_cross_entropy_grad_bias_kernel(
     tl.store(grad_bias_ptr + first_class + columns, sums, mask=exists)
 
 
-@triton.jit(do_not_specialize=["N", "V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
+@triton.jit(
+    do_not_specialize=["N", "V", "first_slot", "first_class", "tokens", "vectors", "near", "is_first", "is_last"]
+)
 def _linear_cross_entropy_grad_hidden_kernel(
-    gradient_ptr, weight_ptr, target_ptr, rows_ptr, counts_ptr, scale_ptr, out_ptr, upper_ptr, lower_ptr,
-    stride_weight, depth, N, V, first_slot, first_class, tokens, vectors, ignore_index, is_first, is_last,
+    gradient_ptr, weight_ptr, target_ptr, rows_ptr, counts_ptr, scale_ptr, out_ptr, upper_ptr, lower_ptr, further_ptr,
+    stride_weight, depth, N, V, first_slot, first_class, tokens, vectors, near, ignore_index, is_first, is_last,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
     SEVERAL: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """grad_hidden of a block of tokens and of columns: (+)= G weight over a chunk of classes.
 
-    Tokens that do not count get what their label says, 0 or NaN, from the last chunk.
+    Tokens that do not count get what their label says, 0 or NaN, from the last chunk. Lower halves of the first `near`
+    tokens, whole blocks of them or all, are at lower_ptr, those of the others at further_ptr.
     """
     E = depth * UNIT
     live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
@@ -134,8 +137,14 @@ def _linear_cross_entropy_grad_hidden_kernel(
         weight_tile += row_stride(stride_weight, UNIT) * BLOCK_V
     target = tl.load(target_ptr + rows, mask=exists, other=0)
     elsewise = tl.where(target == ignore_index, 0.0, float("nan"))
+    if SEVERAL and HALVES:
+        is_near = block * BLOCK_M < near
+        lower_ptr = tl.where(is_near, lower_ptr, further_ptr)
+        lower_rows = slots - tl.where(is_near, 0, near)
+    else:
+        lower_rows = slots
     finish_sums(
-        sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, rows * E, slots.to(tl.int64) * E, column * BLOCK_E, E,
+        sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, rows * E, lower_rows.to(tl.int64) * E, column * BLOCK_E, E,
         exists, slots < live, elsewise, is_first, is_last, SCALED, SEVERAL, HALVES,
     )  # fmt: skip
 
@@ -338,7 +347,7 @@ def run_sweep(
         if grad_hidden is not None:
             lower = lower_hidden[first_slot - sweep.first if sweep.keeps_all_tokens else 0 :]
             ends = first_class == 0, first_class + classes >= V
-            launch_grad_hidden(call, chunk, ends, gradient, grad_hidden, lower)
+            launch_grad_hidden(call, chunk, ends, gradient, grad_hidden, (lower, lower, tokens))
         if grad_weight is not None:
             ends = first_slot == sweep.first, first_slot + tokens >= last
             launch_grad_weight(call, chunk, ends, gradient, grad_weight, lower_weight)
@@ -371,16 +380,22 @@ def launch_gradient(
 
 
 def launch_grad_hidden(
-    call: Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
+    call: Call,
+    chunk: _Chunk,
+    ends: tuple[bool, bool],
+    gradient: torch.Tensor,
+    out: torch.Tensor,
+    lower: tuple[torch.Tensor, torch.Tensor, int],
 ) -> None:
+    """`lower`: where lower halves of sums are, for the first tokens and for the others, and how many come first."""
     tile, tensors = call.config.grad_hidden, call.tensors
     (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
     halves = out.element_size() == 2
     call.relaunch(
         _linear_cross_entropy_grad_hidden_kernel, -(-chunk[2] // tile.block_m) * -(-E // tile.block_e),
         gradient, tensors.weight, call.target, call.rows, call.counts, call.scales, out,
-        out.view(torch.int16) if halves else out, lower, tensors.stride_weight, tensors.depth,
-        N, V, *chunk[:3], chunk[3] // _VECTOR.value, call.ignore_index, *map(int, ends),
+        out.view(torch.int16) if halves else out, *lower[:2], tensors.stride_weight, tensors.depth,
+        N, V, *chunk[:3], chunk[3] // _VECTOR.value, lower[2], call.ignore_index, *map(int, ends),
         **tile.blocks, EVEN_E=E % tile.block_e == 0, SEVERAL=ends != (True, True), HALVES=halves,
         **tile.launch_options, **call.options,
     )  # fmt: skip

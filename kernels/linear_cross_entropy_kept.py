@@ -43,16 +43,16 @@ _OCTAVE = tl.constexpr(1.0 / 512.0)  # of a step
 _ROWS = 32  # tokens of a program that has no product
 
 
-@triton.jit(do_not_specialize=["V", "E", "tokens", "vectors", "whole"])
+@triton.jit(do_not_specialize=["V", "E", "tokens", "vectors", "whole", "stop"])
 def _linear_cross_entropy_kept_gradient_kernel(
     kept_ptr, gradient_ptr, origins_ptr, label_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, rows_ptr, counts_ptr,
-    lse_ptr, grad_nll_ptr, grad_lse_ptr, V, E, tokens, vectors, whole, smoothing,
+    lse_ptr, grad_nll_ptr, grad_lse_ptr, V, E, tokens, vectors, whole, stop, smoothing,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROUND: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     SMOOTHING: tl.constexpr,
 ):  # fmt: skip
     """Kept logits become G, each in its own place; zeros for tokens that there are not, where products read them."""
     count = tl.load(counts_ptr).to(tl.int32)
-    tiles = tl.cdiv(V, BLOCK_V)
+    tiles = tl.cdiv(stop, BLOCK_V)
     block = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
     if block * BLOCK_M // ROUND * ROUND >= count:
@@ -62,7 +62,7 @@ def _linear_cross_entropy_kept_gradient_kernel(
     rows = tl.load(rows_ptr + tl.minimum(slots, count - 1))
     target = tl.load(target_ptr + rows).to(tl.int32)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    base, places, in_row = kept_places(slots, tile * BLOCK_V, V, E, vectors, whole, BLOCK_V)
+    base, places, in_row = kept_places(slots, tile * BLOCK_V, stop, E, vectors, whole, BLOCK_V)
     steps = tl.load(kept_ptr + base + places, mask=in_row[None, :], other=0).to(tl.int32) & 0xFFFF
     lse = tl.load(lse_ptr + rows)
     origin = tl.load(origins_ptr + tl.cast(tile, tl.int64) * tokens + slots, mask=live, other=0.0)
@@ -87,9 +87,9 @@ def _linear_cross_entropy_kept_gradient_kernel(
     tl.store(gradient_ptr + base + places, gradient.to(gradient_ptr.dtype.element_ty), mask=in_row[None, :])
 
 
-@triton.jit(do_not_specialize=["V", "E", "vectors", "whole", "first_class", "row_vectors"])
+@triton.jit(do_not_specialize=["E", "vectors", "whole", "stop", "first_class", "row_vectors"])
 def _linear_cross_entropy_kept_copy_kernel(
-    gradient_ptr, to_ptr, counts_ptr, V, E, vectors, whole, first_class, row_vectors,
+    gradient_ptr, to_ptr, counts_ptr, E, vectors, whole, stop, first_class, row_vectors,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """G of a chunk of classes to rows of `row_vectors` vectors, zeros behind the last class."""
@@ -101,20 +101,21 @@ def _linear_cross_entropy_kept_copy_kernel(
         return
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    base, places, in_row = kept_places(slots, first_class + tile * BLOCK_V, V, E, vectors, whole, BLOCK_V)
+    base, places, in_row = kept_places(slots, first_class + tile * BLOCK_V, stop, E, vectors, whole, BLOCK_V)
     g = tl.load(gradient_ptr + base + places, mask=in_row[None, :], other=0.0)
     to = to_ptr + (tl.cast(slots, tl.int64)[:, None] * classes + inside[None, :])
     tl.store(to, g, mask=(inside // _VECTOR < row_vectors)[None, :])
 
 
-@triton.jit(do_not_specialize=["N", "V", "tokens", "vectors", "whole"])
+@triton.jit(do_not_specialize=["N", "V", "tokens", "vectors", "whole", "rest_vectors"])
 def _linear_cross_entropy_kept_grad_hidden_kernel(
-    gradient_ptr, weight_ptr, target_ptr, rows_ptr, counts_ptr, out_ptr,
-    stride_weight, depth, N, V, tokens, vectors, whole, ignore_index,
+    gradient_ptr, rest_ptr, weight_ptr, target_ptr, rows_ptr, counts_ptr, out_ptr,
+    stride_weight, depth, N, V, tokens, vectors, whole, rest_vectors, ignore_index,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_hidden of a block of kept tokens and of columns: G weight over all classes."""
+    """grad_hidden of a block of kept tokens and of columns: G weight over all classes, those behind the whole chunks
+    from rest_ptr."""
     E = depth * UNIT
     classes = vectors * _VECTOR
     live = tl.minimum(tl.load(counts_ptr).to(tl.int32), tokens)
@@ -142,14 +143,12 @@ def _linear_cross_entropy_kept_grad_hidden_kernel(
         gradient_tile += BLOCK_V + tl.where(at_end, to_next_chunk, 0)
         weight_tile += stride * BLOCK_V
         inside = tl.where(at_end, 0, inside)
-    # The last chunk, of fewer classes.
     rest = tl.where(block * BLOCK_M < live, V - whole * classes, 0)
-    row_vectors = tl.cdiv(rest, _VECTOR)
     last = tl.cast(whole, tl.int64) * classes
-    gradient_tile = gradient_ptr + last * E + (slots[:, None] * (row_vectors * _VECTOR) + inner[None, :])
+    gradient_tile = rest_ptr + (slots[:, None] * (rest_vectors * _VECTOR) + inner[None, :])
     weight_tile = weight_ptr + (((last + inner) * stride)[:, None] + columns[None, :])
     for start in tl.range(0, rest, BLOCK_V):
-        g = tl.load(gradient_tile, mask=(inner // _VECTOR < row_vectors - start // _VECTOR)[None, :], other=0.0)
+        g = tl.load(gradient_tile, mask=(inner // _VECTOR < rest_vectors - start // _VECTOR)[None, :], other=0.0)
         w = tl.load(weight_tile, mask=(inner < rest - start)[:, None] & in_columns, other=0.0)
         sums = tl.dot(g, w, sums, input_precision=PRECISION)
         gradient_tile += BLOCK_V
@@ -193,45 +192,59 @@ def linear_cross_entropy_backward_of_kept(
         call = the_call((grad_nll, grad_lse), hidden, weight, None, target, lse, listed, softcap=None, **options)
         _turn_into_gradient(call, kept)
         kept.origins = None  # of no more use: their memory is the chunks'
+        block = _round(call)
+        rows = kept.plan.tokens + -(-max(0, hidden.shape[0] - kept.plan.tokens) // block) * block
+        gradient = hidden.new_empty(rows * kept.plan.classes)
         if grad_hidden is not None:
-            _launch_grad_hidden_of_kept(call, kept, grad_hidden)
-        _chunks(call, kept, grad_hidden, grad_weight)
+            _grad_hidden_of_kept(call, kept, gradient, grad_hidden)
+        _chunks(call, kept, gradient, rows, grad_hidden, grad_weight)
     return grad_hidden, grad_weight
 
 
-def _chunks(call: Call, kept: KeptLogits, grad_hidden: torch.Tensor | None, grad_weight: torch.Tensor) -> None:
-    """grad_weight, a chunk of classes at a time, and grad_hidden of the tokens that were not kept."""
-    hidden, plan, config = call.tensors.hidden, kept.plan, call.config
+def _chunks(
+    call: Call,
+    kept: KeptLogits,
+    gradient: torch.Tensor,
+    rows: int,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor,
+) -> None:
+    """grad_weight, a chunk of classes at a time, and grad_hidden of the tokens that were not kept; `gradient` is room
+    for so many rows of a chunk."""
+    hidden, plan = call.tensors.hidden, kept.plan
     (N, E), V = hidden.shape, grad_weight.shape[0]
-    block = max(config.gradient.block_m, config.grad_hidden.block_m)
     others = max(0, N - plan.tokens)
-    rows = plan.tokens + -(-others // block) * block
-    sums = others * E * 2  # the lower halves of grad_hidden's
-    if others and grad_hidden is not None and sums > configs.SUMS_BYTES:  # then their logits are computed once more
+    if others and grad_hidden is not None and others * E * 2 > configs.SUMS_BYTES:
+        # Lower halves of sums have no room: the logits of these tokens are computed once more.
         sizes = (others, V, E, hidden.element_size())
-        for sweep in configs.linear_cross_entropy_sweeps(*sizes, True, False, False, config, first=plan.tokens):
+        for sweep in configs.linear_cross_entropy_sweeps(*sizes, True, False, False, call.config, first=plan.tokens):
             run_sweep(call, sweep, grad_hidden, None, None)
         grad_hidden = None
-    lower = hidden.new_empty(others if grad_hidden is not None else 0, E, dtype=torch.int16)
-    gradient = hidden.new_empty(rows * plan.classes)
-    unit = config.unit
+    several = grad_hidden is not None and plan.classes < V
+    in_weight = kept.memory[plan.stop * E :] if plan.stop < V else kept.memory
+    further = hidden.new_empty(max(0, others - plan.near) if several else 0, E, dtype=torch.int16)
+    lower = (in_weight.view(torch.int16), further, plan.near)
+    unit = call.config.unit
     for first_class in range(0, V, plan.classes):
         classes = -(-min(plan.classes, V - first_class) // unit) * unit
-        _copy_aside(call, kept, first_class, classes, gradient)
-        if others:
-            chunk, of_others = (plan.tokens, first_class, others, classes), gradient[plan.tokens * classes :]
-            launch_gradient(call, chunk, of_others, of_others, None)
-            if grad_hidden is not None:
-                ends = first_class == 0, first_class + classes >= V
-                launch_grad_hidden(call, chunk, ends, of_others, grad_hidden, lower)
-        launch_grad_weight(call, (0, first_class, rows, classes), (True, True), gradient, grad_weight, lower)
+        of_others, first_slot = gradient[plan.tokens * classes :], plan.tokens
+        if first_class < plan.stop:
+            _copy_aside(call, kept, first_class, classes, gradient)
+            if others:
+                launch_gradient(call, (first_slot, first_class, others, classes), of_others, of_others, None)
+        else:
+            launch_gradient(call, (0, first_class, N, classes), gradient, gradient, None)
+        if others and grad_hidden is not None:
+            ends = first_class == 0, first_class + classes >= V
+            launch_grad_hidden(call, (first_slot, first_class, others, classes), ends, of_others, grad_hidden, lower)
+        launch_grad_weight(call, (0, first_class, rows, classes), (True, True), gradient, grad_weight, further)
 
 
 def _turn_into_gradient(call: Call, kept: KeptLogits) -> None:
     plan, weight = kept.plan, call.tensors.weight
     (V, E), options = weight.shape, _without_product(call)
     assert kept.origins is not None, "kept logits can be used once"
-    _linear_cross_entropy_kept_gradient_kernel[(plan.tokens // _rows(call) * -(-V // plan.tile),)](
+    _linear_cross_entropy_kept_gradient_kernel[(plan.tokens // _rows(call) * -(-plan.stop // plan.tile),)](
         kept.memory.view(torch.int16), kept.memory, kept.origins, kept.label, call.target, call.class_weight,
         call.weight_sum, call.rows, call.counts, *call.rows_of, V, E, *kept_layout(plan), call.numbers[0],
         BLOCK_M=_rows(call), BLOCK_V=plan.tile, ROUND=_round(call), num_warps=8,
@@ -243,18 +256,28 @@ def _copy_aside(call: Call, kept: KeptLogits, first_class: int, classes: int, to
     plan, weight = kept.plan, call.tensors.weight
     call.relaunch(
         _linear_cross_entropy_kept_copy_kernel, plan.tokens // _rows(call) * -(-classes // plan.tile),
-        kept.memory, to, call.counts, *weight.shape, *kept_layout(plan)[1:], first_class, classes // _VECTOR.value,
+        kept.memory, to, call.counts, weight.shape[1], *kept_layout(plan)[1:], first_class, classes // _VECTOR.value,
         BLOCK_M=_rows(call), BLOCK_V=plan.tile, ROUND=_round(call), num_warps=8, **_without_product(call),
     )  # fmt: skip
 
 
-def _launch_grad_hidden_of_kept(call: Call, kept: KeptLogits, out: torch.Tensor) -> None:
+def _grad_hidden_of_kept(call: Call, kept: KeptLogits, gradient: torch.Tensor, out: torch.Tensor) -> None:
+    """All of it at once; G of classes whose logits were not kept goes to `gradient` first."""
     tile, tensors, plan = call.config.grad_hidden, call.tensors, kept.plan
     (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
+    first, rest = plan.whole * plan.classes, kept.memory
+    vectors = -(-(V - first) // _VECTOR.value)
+    if plan.stop < V:
+        unit = call.config.unit
+        classes = -(-(V - first) // unit) * unit
+        launch_gradient(call, (0, first, min(N, plan.tokens), classes), gradient, gradient, None)
+        rest, vectors = gradient, classes // _VECTOR.value
+    elif first < V:
+        rest = kept.memory[first * E :]
     options = {name: value for name, value in call.options.items() if name != "SCALED"}
     _linear_cross_entropy_kept_grad_hidden_kernel[(-(-plan.tokens // tile.block_m) * -(-E // tile.block_e),)](
-        kept.memory, tensors.weight, call.target, call.rows, call.counts, out,
-        tensors.stride_weight, tensors.depth, N, V, *kept_layout(plan), call.ignore_index,
+        kept.memory, rest, tensors.weight, call.target, call.rows, call.counts, out,
+        tensors.stride_weight, tensors.depth, N, V, *kept_layout(plan)[:3], vectors, call.ignore_index,
         **tile.blocks, EVEN_E=E % tile.block_e == 0, **tile.launch_options, **options,
     )  # fmt: skip
 

@@ -47,6 +47,7 @@ LINEAR = [
     LinearCase("fused-everything", 300, 1003, 136, FP16, **EVERYTHING),
     LinearCase("fused-fp32", 300, 1003, 64, FP32, reduction="sum"),
     LinearCase("fused-kept", 200, 1003, 256, BF16, reduction="mean"),
+    LinearCase("fused-kept-in-chunks", 700, 1900, 256, BF16, ignored=0.1),
     LinearCase("fused-kept-peaked", 400, 1003, 128, BF16, planted=True, spread=1.0),
     LinearCase("products", 300, 503, 136, BF16, bias=BF16, reduction="mean"),
     LinearCase("products-fp32", 300, 503, 40, FP32, **EVERYTHING),
@@ -59,6 +60,8 @@ def test_linear_cross_entropy(case, monkeypatch):
     is_fused = case.name.startswith("fused")
     monkeypatch.setattr(configs, "LINEAR_PRODUCT_BYTES", 0 if is_fused else 32 << 20)
     monkeypatch.setattr(backends._settings, "cache", {})
+    if case.name.endswith("in-chunks"):  # of 512 classes, and in the memory of the last ones half of the lower halves
+        monkeypatch.setattr(configs, "KEPT_BYTES", 2 * 768 * 512 + 2 * 256 * 188)
 
     def oracle(hidden, weight, bias=None):
         loss, stats = reference.linear_cross_entropy(hidden, weight, target, bias=bias, return_stats=True, **options)
