@@ -27,6 +27,7 @@ from gpt4v_fast.kernels.chunks import accumulate, operand, row_products, scale_s
 from gpt4v_fast.kernels.common import (
     LN2,
     LOG2E,
+    VECTOR_BYTES,
     key_bounds,
     last_dim_contiguous,
     last_visible,
@@ -198,6 +199,10 @@ def attention_forward(
     with on_device(q):
         arch = target_arch()
         tile = configs.attention(arch, q.dtype, max(block_d, block_dv)).forward
+        if arch == "sm_90" and q.element_size() == 2 and unit * 2 < VECTOR_BYTES:
+            # For these rows and values narrower than keys ptxas 12.8 (Triton 3.6) makes a descriptor from registers
+            # that it has not set: wrong results, reads outside of shared memory (docs/tuning.md).
+            block_dv = max(block_d, block_dv)
         _attention_forward_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
             q, k, v, out, lse, *q_strides, *k_strides, *v_strides, H, S, T, offset, to_cap, to_log2,
             GROUP=H // Hkv, D=D, DV=Dv, UNIT=unit,

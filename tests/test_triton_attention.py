@@ -67,6 +67,7 @@ CASES = [
     Case("group-of-3-bf16", 1, 3, 1, 33, 65, 40, 40, dtype=BF16),
     Case("wide-v", 1, 2, 2, 34, 34, 24, 96, causal=True),
     Case("narrow-v", 1, 2, 1, 34, 50, 96, 8, dtype=BF16),
+    Case("narrow-v-odd", 2, 2, 1, 34, 50, 35, 21, dtype=BF16),
     Case("d256", 1, 1, 1, 33, 40, 256, 256, causal=True, dtype=BF16),
     # fp32 heads over 128 are taken in chunks (kernels/chunks.py).
     Case("chunks-d256", 1, 2, 1, 37, 70, 256, 256),

@@ -2,7 +2,8 @@
 
 NVIDIA: the machine code, by cuobjdump and nvdisasm, which come inside the triton package. AMD: the assembly that the
 compiler keeps. Main loops are found in the control-flow graph (natural loops of back edges, by dominators), since their
-blocks need not be neighbours in memory.
+blocks need not be neighbours in memory. In the same graph reads of uniform registers are looked for that no path there
+has set: ptxas 12.8, which comes with Triton 3.6, has made such (docs/tuning.md).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Facts:
     num_warps: int
     instructions: tuple[str, ...]
     loops: tuple[Loop, ...]
+    unset_reads: tuple[str, ...]  # NVIDIA: instructions that read a uniform register before anything set it
 
     @property
     def main_loops(self) -> list[Loop]:
@@ -84,6 +86,7 @@ def facts(kernel: CompiledKernel) -> Facts:
         num_warps=kernel.metadata.num_warps,
         instructions=tuple(name for block in blocks for name in block.instructions),
         loops=_loops(blocks),
+        unset_reads=_unset_reads(blocks) if target.backend == "cuda" else (),
     )
 
 
@@ -114,6 +117,7 @@ def _run(*command: str) -> str:
 @dataclasses.dataclass
 class _Block:
     instructions: list[str] = dataclasses.field(default_factory=list)
+    lines: list[str] = dataclasses.field(default_factory=list)
     targets: list[str] = dataclasses.field(default_factory=list)
     falls_through: bool = True
 
@@ -157,6 +161,7 @@ def _blocks(text: str, read: object) -> list[_Block]:
             continue
         name, target, goes_on = instruction
         blocks[-1].instructions.append(name)
+        blocks[-1].lines.append(line)
         if target is not None:
             blocks[-1].targets.append(target)
         if target is not None or not goes_on:
@@ -167,11 +172,62 @@ def _blocks(text: str, read: object) -> list[_Block]:
     return blocks
 
 
-def _loops(blocks: list[_Block]) -> tuple[Loop, ...]:
-    successors = [
-        [*block.targets, *([i + 1] if block.falls_through and i + 1 < len(blocks) else [])]
+def _successors(blocks: list[_Block]) -> list[list[int]]:
+    return [
+        [*block.targets, *([i + 1] if block.falls_through and i + 1 < len(blocks) else [])]  # type: ignore[list-item]
         for i, block in enumerate(blocks)
     ]
+
+
+def _uniform_registers(line: str) -> tuple[set[int], set[int]]:
+    """(set, read) by a line of nvdisasm's. Where an operand may be several registers wide: all that are surely set, and
+    of those that are read only what is certain."""
+    found = _SASS_INSTRUCTION.match(line)
+    if found is None:
+        return set(), set()
+    _, name, operands = found.groups()
+    first, _, others = operands.partition(",")
+    written: set[int] = set()
+    if re.fullmatch(r"UR\d+", first):
+        width = max({"64": 2, "WIDE": 2, "128": 4}.get(part, 1) for part in name.split("."))
+        written = {int(first[2:]) + i for i in range(width)}
+    else:
+        others = operands
+    read = {int(number) for number in re.findall(r"\bUR(\d+)", re.sub(r"gdesc\[UR\d+\]", "", others))}
+    # Descriptors of a matrix instruction: four registers, of which the first two are those of an operand in memory.
+    for number in map(int, re.findall(r"gdesc\[UR(\d+)\]", others)):
+        left_in_registers = re.match(r"R\d+, R\d+, gdesc", operands) is not None
+        read |= {number + 2, number + 3} | (set() if left_in_registers else {number, number + 1})
+    return written, read
+
+
+def _unset_reads(blocks: list[_Block]) -> tuple[str, ...]:
+    """Lines that read a uniform register which is set on no path from the entry to there."""
+    successors = _successors(blocks)
+    uses = [[_uniform_registers(line) for line in block.lines] for block in blocks]
+    before: list[set[int] | None] = [set(), *(None for _ in blocks[1:])]
+    waiting = [0]
+    while waiting:
+        i = waiting.pop()
+        after = set(before[i] or ()).union(*(written for written, _ in uses[i]))
+        for j in successors[i]:
+            known = before[j]
+            if known is None or not after <= known:
+                before[j] = after | (known or set())
+                waiting.append(j)
+    found = []
+    for block, known, of_block in zip(blocks, before, uses, strict=True):
+        if known is None:
+            continue
+        is_set = set(known)
+        for line, (written, read) in zip(block.lines, of_block, strict=True):
+            found += [line.strip()] if read - is_set else []
+            is_set |= written
+    return tuple(found)
+
+
+def _loops(blocks: list[_Block]) -> tuple[Loop, ...]:
+    successors = _successors(blocks)
     predecessors: list[set[int]] = [set() for _ in blocks]
     for i, following in enumerate(successors):
         for j in following:

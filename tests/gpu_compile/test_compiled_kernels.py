@@ -50,6 +50,12 @@ FULL += [AttentionLaunch(arch, "bfloat16", D, group=4) for arch in _CHIPS for D 
 FULL += [AttentionLaunch(arch, "bfloat16", D, group=4) for arch in _CHIPS for D in (64, 128)]
 FULL += [AttentionLaunch(arch, "bfloat16", 192, 128) for arch in _CHIPS]
 FULL += [AttentionLaunch(arch, "bfloat16", 64, softcap=30.0, causal=False) for arch in _CHIPS]
+# Values narrower than keys, rows of whole 16 bytes and others.
+NARROW = [
+    AttentionLaunch("sm_90", "bfloat16", *heads, causal)
+    for heads in ((35, 21), (21, 11), (35, 11), (71, 11), (71, 21), (40, 16), (80, 64), (96, 8), (128, 64))
+    for causal in (True, False)
+]
 
 LOSSES = [CrossEntropyLaunch(arch, "bfloat16", 50257) for arch in CHIPS_QUICK]
 ALL_LOSSES = [
@@ -118,6 +124,7 @@ def test_attention(launch):
     for name, facts in kernels.items():
         about = f"{name} for {launch}: {facts.registers} registers, {facts.num_warps} warps"
         assert facts.spill_bytes == 0, f"{about}: {facts.spill_bytes} bytes of stack a thread"
+        assert not facts.unset_reads, f"{about}: reads what nothing has set: {facts.unset_reads[0]}"
         assert facts.shared_bytes <= chip.shared_bytes, f"{about}: {facts.shared_bytes} bytes of shared memory"
         assert facts.registers <= chip.registers, about
         # Chunked kernels mask every block; their loop over chunks may be unrolled.
@@ -177,6 +184,7 @@ def test_cross_entropy(launch):
     for name, facts in kernels.items():
         about = f"{name} for {launch}: {facts.registers} registers"
         assert facts.spill_bytes == 0, f"{about}: {facts.spill_bytes} bytes of stack a thread"
+        assert not facts.unset_reads, f"{about}: reads what nothing has set: {facts.unset_reads[0]}"
         assert facts.shared_bytes <= CHIPS[launch.arch].shared_bytes, about
         wide = r"LDG\.\S*128|global_load_dwordx4|buffer_load_dwordx4"
         streaming = [loop for loop in facts.loops if loop.count(wide)]
@@ -212,6 +220,7 @@ def test_linear_cross_entropy(launch):
     for name, facts in kernels.items():
         about = f"{name} for {launch}: {facts.registers} registers, {facts.num_warps} warps"
         assert facts.spill_bytes == 0, f"{about}: {facts.spill_bytes} bytes of stack a thread"
+        assert not facts.unset_reads, f"{about}: reads what nothing has set: {facts.unset_reads[0]}"
         assert facts.count(LOCAL_MEMORY) == 0, about
         assert facts.shared_bytes <= CHIPS[launch.arch].shared_bytes, f"{about}: {facts.shared_bytes} bytes shared"
         assert facts.count(ATOMICS) == 0, f"{about}: atomics"
@@ -286,3 +295,36 @@ def test_every_device_has_an_entry(arch):
         for vocabulary in (1, 1000, 50257):
             config = configs.cross_entropy(arch, dtype, vocabulary)
             assert config.num_warps >= 1 and config.block & (config.block - 1) == 0
+
+
+@pytest.mark.parametrize("launch", _with_slow(NARROW[:1], NARROW), ids=str)
+def test_nothing_unset_is_read_for_narrow_values(launch):
+    """ptxas 12.8 (Triton 3.6) read registers there that it had not set, until their blocks became as wide as keys'."""
+    for name, facts in _facts(launch).items():
+        assert not facts.unset_reads, f"{name} for {launch}: {facts.unset_reads[0]}"
+
+
+_SASS = """
+        /*0000*/                   ULDC.64 UR4, c[0x0][0x208] ;
+        /*0010*/                   UIADD3 UR14, UP0, UR14, 0x20, URZ ;
+        /*0020*/               @P0 BRA `(.L_x_0) ;
+        /*0030*/                   UMOV UR8, 0x1 ;
+        /*0040*/                   UMOV UR10, UR5 ;
+        /*0050*/                   UMOV UR11, 0x40000040 ;
+.L_x_0:
+        /*0060*/                   HGMMA.64x32x16.F32.BF16 R88, R24, gdesc[UR8].tnspB, R88 ;
+        /*0070*/                   UIADD3 UR6, UP0, UR8, 0x20, URZ ;
+        /*0080*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], RZ, !UPT ;
+        /*0090*/               @P1 BRA `(.L_x_0) ;
+        /*00a0*/                   EXIT ;
+"""
+
+
+def test_reads_of_what_nothing_has_set_are_found():
+    """UR8 is set on one way to its use, half of a descriptor's operands are registers, UR14 is never set."""
+    from gpu_compile import readback
+
+    found = readback._unset_reads(readback._blocks(_SASS, readback._sass_line))
+    assert [line[2:6] for line in found] == ["0010", "0080"]
+    whole = _SASS.replace("UMOV UR8, 0x1", "ULDC.64 UR8, c[0x0][0x210]").replace("UR14, 0x20", "UR5, 0x20")
+    assert readback._unset_reads(readback._blocks(whole, readback._sass_line)) == ()
