@@ -85,11 +85,17 @@ class LinearCrossEntropyConfig:
     gradient: ProductTile  # of the logits
     grad_hidden: ProductTile
     grad_weight: ProductTile  # its block_m divides that of gradient, whose zeros it counts on
+    few: ProductTile | None = None  # grad_hidden's where its tiles would leave half of a device idle
 
     @property
     def unit(self) -> int:
         """Chunks of backward have whole blocks of every kernel."""
         return math.lcm(*(tile.block_v for tile in (self.gradient, self.grad_hidden, self.grad_weight)))
+
+    def of_hidden(self, tokens: int, E: int) -> ProductTile:
+        """grad_hidden's tile for so many tokens. Those of `few` lie within it, and walk in the same steps."""
+        tiles = -(-tokens // self.grad_hidden.block_m) * -(-E // self.grad_hidden.block_e)
+        return self.grad_hidden if self.few is None or 2 * tiles > MULTIPROCESSORS else self.few
 
 
 def _attention(forward: tuple[int, ...], dq: tuple[int, ...], dkdv: tuple[int, ...]) -> AttentionConfig:
@@ -183,16 +189,16 @@ LINEAR_LOGITS: dict[tuple[str, int, bool], tuple[ProductTile, ...]] = {
     ("gfx942", 32, False): _tiles((128, 64, 32, 8, 2), (128, 64, 32, 8, 2)),
 }
 
-# (family, bits of an element, whether 16 bytes divide a row of E, or WIDE where 256 features do): grad_hidden and
-# grad_weight.
+# (family, bits of an element, whether 16 bytes divide a row of E, or WIDE where 256 features do): grad_hidden,
+# grad_weight and, where that was timed, grad_hidden of few tokens.
 WIDE = 2
 LINEAR_PRODUCTS: dict[tuple[str, int, int], tuple[ProductTile, ...]] = {
     ("sm_80", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
     ("sm_80", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
     ("sm_86", 16, True): _tiles((128, 32, 128, 8, 3), (32, 128, 128, 8, 3)),
     ("sm_86", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
-    ("sm_90", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
-    ("sm_90", 16, WIDE): _tiles((128, 64, 256, 8, 3), (64, 128, 256, 8, 3, None, 4)),
+    ("sm_90", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3), (64, 64, 64, 4, 4)),
+    ("sm_90", 16, WIDE): _tiles((128, 64, 256, 8, 3), (64, 128, 256, 8, 3, None, 4), (64, 64, 64, 4, 4)),
     ("sm_90", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),
     ("sm_100", 16, True): _tiles((128, 64, 128, 8, 3), (64, 128, 128, 8, 3)),
     ("sm_100", 16, False): _tiles((64, 32, 64, 8, 2, 255), (32, 64, 64, 8, 2, 255)),

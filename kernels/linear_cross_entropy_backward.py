@@ -388,8 +388,9 @@ def launch_grad_hidden(
     lower: tuple[torch.Tensor, torch.Tensor, int],
 ) -> None:
     """`lower`: where lower halves of sums are, for the first tokens and for the others, and how many come first."""
-    tile, tensors = call.config.grad_hidden, call.tensors
+    tensors = call.tensors
     (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
+    tile = call.config.of_hidden(chunk[2], E)
     halves = out.element_size() == 2
     call.relaunch(
         _linear_cross_entropy_grad_hidden_kernel, -(-chunk[2] // tile.block_m) * -(-E // tile.block_e),

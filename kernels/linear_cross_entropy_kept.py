@@ -263,8 +263,9 @@ def _copy_aside(call: Call, kept: KeptLogits, first_class: int, classes: int, to
 
 def _grad_hidden_of_kept(call: Call, kept: KeptLogits, gradient: torch.Tensor, out: torch.Tensor) -> None:
     """All of it at once; G of classes whose logits were not kept goes to `gradient` first."""
-    tile, tensors, plan = call.config.grad_hidden, call.tensors, kept.plan
+    tensors, plan = call.tensors, kept.plan
     (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
+    tile = call.config.of_hidden(plan.tokens, E)
     first, rest = plan.whole * plan.classes, kept.memory
     vectors = -(-(V - first) // _VECTOR.value)
     if plan.stop < V:

@@ -5,7 +5,8 @@ price of more launches. Tokens whose label is ignored take part in the products,
 drop them it would have to wait for the device to count them.
 
 8 N V E flops forward and backward, since logits are computed again. At most 2 LINEAR_PRODUCT_BYTES of memory beside the
-results: fp32 logits, their gradient in 16 bits, and a slice of an fp32 product on its way to 16 bits.
+results: fp32 logits, their gradient in 16 bits, and in fp16 or where it is small a slice of an fp32 product on its way
+to 16 bits.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def _product_like(like: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | float) -> torch.Tensor:
-    """a @ b * factor in the shape and dtype of `like`, rounded once, some rows at a time."""
-    out = torch.empty_like(like, memory_format=torch.contiguous_format)
+def _product_like(like: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
+    """a @ b, times factor if given, in the shape and dtype of `like`, summed in fp32 and rounded once."""
     rows = max(1, configs.LINEAR_PRODUCT_BYTES // 2 // (4 * max(1, like.shape[1])))
+    if factor is None and (like.dtype == torch.float32 or (like.shape[0] > rows and a.is_cuda)):
+        # 16-bit results of this size are enough for every multiprocessor: cuBLAS does not split their sums, whose parts
+        # it would round to 16 bits.
+        return a @ b
+    out = torch.empty_like(like, memory_format=torch.contiguous_format)
     for first in range(0, like.shape[0], rows):
-        out[first : first + rows] = _product(a[first : first + rows], b).mul_(factor)
+        product = _product(a[first : first + rows], b)
+        out[first : first + rows] = product if factor is None else product.mul_(factor)
     return out
 
 
@@ -101,8 +107,8 @@ def linear_cross_entropy_backward(
     )  # fmt: skip
     grad_bias = gradient.sum(dim=0) if of_bias and bias is not None else None
     scales = gradient_scales(grad_nll, grad_lse, hidden, target, class_weight, options["ignore_index"])
-    scale, inverse = (1.0, 1.0) if scales is None else scales
-    gradient = (gradient if scales is None else gradient.mul_(scale)).to(hidden.dtype)
+    scale, inverse = (None, None) if scales is None else scales
+    gradient = (gradient if scale is None else gradient.mul_(scale)).to(hidden.dtype)
     grad_hidden = _product_like(hidden, gradient, weight, inverse) if of_hidden else None
     grad_weight = _product_like(weight, gradient.t(), hidden, inverse) if of_weight else None
     return grad_hidden, grad_weight, grad_bias

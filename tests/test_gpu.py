@@ -49,7 +49,9 @@ LINEAR = [
     LinearCase("fused-kept", 200, 1003, 256, BF16, reduction="mean"),
     LinearCase("fused-kept-in-chunks", 700, 1900, 256, BF16, ignored=0.1),
     LinearCase("fused-kept-peaked", 400, 1003, 128, BF16, planted=True, spread=1.0),
+    LinearCase("fused-kept-many-tokens", 9000, 700, 1152, BF16),
     LinearCase("products", 300, 503, 136, BF16, bias=BF16, reduction="mean"),
+    LinearCase("products-many-classes", 200, 25_000, 256, BF16, reduction="mean"),
     LinearCase("products-fp32", 300, 503, 40, FP32, **EVERYTHING),
 ]
 

@@ -75,6 +75,7 @@ LINEAR_KEPT = [
     for arch in _CHIPS
     for E, options in ((576, {}), (2304, {}), (576, {"weighted": True, "label_smoothing": 0.1}))
 ]
+LINEAR_KEPT += [LinearCrossEntropyLaunch("sm_90", "bfloat16", E, kept=True, few=True) for E in (576, 2304)]
 LINEAR_QUICK += [LinearCrossEntropyLaunch(arch, "bfloat16", passes=("forward",)) for arch in ("sm_80", "gfx942")]
 _EVERY_OPTION = {"bias": True, "weighted": True, "label_smoothing": 0.1, "softcap": 30.0, "chunked": True}
 LINEAR_ALL = [
@@ -87,7 +88,7 @@ LINEAR_ALL = [
         ("bfloat16", 577, _EVERY_OPTION),
         ("bfloat16", 720, {"softcap": 30.0}),
         ("bfloat16", 580, {"bias": True}),
-        ("float16", 576, {"bias": True, "chunked": True}),
+        ("float16", 576, {"bias": True, "chunked": True, "few": True}),
         ("float32", 576, {"chunked": True}),
         ("float32", 576, _EVERY_OPTION),
         ("float32", 577, _EVERY_OPTION),
@@ -290,7 +291,9 @@ def test_every_device_has_an_entry(arch):
             config = configs.linear_cross_entropy(arch, dtype, E, rich)
             assert config.gradient.block_m % config.grad_weight.block_m == 0
             (sweep,) = configs.linear_cross_entropy_sweeps(5, 7, E, dtype.itemsize, True, True, True, config)
-            for tile in (config.gradient, config.grad_hidden, config.grad_weight):
+            few = config.of_hidden(5, E)
+            assert config.grad_hidden.block_m % few.block_m == 0 and config.grad_hidden.block_v % few.block_v == 0
+            for tile in (config.gradient, config.grad_hidden, config.grad_weight, few):
                 assert sweep.tokens % tile.block_m == 0 and sweep.classes % tile.block_v == 0
         for vocabulary in (1, 1000, 50257):
             config = configs.cross_entropy(arch, dtype, vocabulary)

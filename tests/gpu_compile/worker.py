@@ -95,7 +95,7 @@ class CrossEntropyLaunch:
 @dataclasses.dataclass(frozen=True)
 class LinearCrossEntropyLaunch:
     """Forward and backward, all gradients; `chunked`: with sums that go on from chunk to chunk; `kept`: with logits in
-    the memory of weight's gradient, of which further tokens have none."""
+    the memory of weight's gradient, of which further tokens have none; `few`: with the tile for few tokens."""
 
     arch: str
     dtype: str
@@ -106,22 +106,33 @@ class LinearCrossEntropyLaunch:
     softcap: float | None = None
     chunked: bool = False
     kept: bool = False
+    few: bool = False
     passes: tuple[str, ...] = ("forward", "backward")
 
     def __str__(self) -> str:
-        extras = [n for n in ("bias", "weighted", "label_smoothing", "softcap", "chunked", "kept") if getattr(self, n)]
+        known = ("bias", "weighted", "label_smoothing", "softcap", "chunked", "kept", "few")
+        extras = [name for name in known if getattr(self, name)]
         passes = self.passes if len(self.passes) == 1 else ()
         return "-".join([self.arch, self.dtype, f"e{self.E}", *extras, *passes])
 
     def run(self) -> None:
         import unittest.mock
 
+        from gpt4v_fast.kernels import configs
+
+        def of_hidden(config: configs.LinearCrossEntropyConfig, tokens: int, E: int) -> configs.ProductTile:
+            return config.few if self.few and config.few is not None else config.grad_hidden
+
+        with unittest.mock.patch.object(configs.LinearCrossEntropyConfig, "of_hidden", of_hidden):
+            self._run_kept() if self.kept else self._run_plain()
+
+    def _run_plain(self) -> None:
+        import unittest.mock
+
         import torch
 
         from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_backward
 
-        if self.kept:
-            return self._run_kept()
         dtype = getattr(torch, self.dtype)
         hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(3072, self.E, dtype=dtype)
         target, row = torch.zeros(384, dtype=torch.int64), torch.zeros(384)
