@@ -104,9 +104,10 @@ def _linear_cross_entropy_grad_hidden_kernel(
     stride_weight, depth, N, V, first_slot, first_class, tokens, vectors, near, ignore_index, is_first, is_last,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
     UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
-    SEVERAL: tl.constexpr, HALVES: tl.constexpr,
+    SEVERAL: tl.constexpr, HALVES: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """grad_hidden of a block of tokens and of columns: (+)= G weight over a chunk of classes.
+    """grad_hidden of a block of tokens and of columns: (+)= G weight over a chunk of classes, which is RAGGED if those
+    that there are do not come in whole blocks.
 
     Tokens that do not count get what their label says, 0 or NaN, from the last chunk. Lower halves of the first `near`
     tokens, whole blocks of them or all, are at lower_ptr, those of the others at further_ptr.
@@ -129,10 +130,13 @@ def _linear_cross_entropy_grad_hidden_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for start in tl.range(0, stop, BLOCK_V):
         g = tl.load(gradient_tile)
-        exists_here = (inner < stop - start)[:, None]
-        if not EVEN_E:
-            exists_here = exists_here & (columns < E)[None, :]
-        sums = tl.dot(g, tl.load(weight_tile, mask=exists_here, other=0.0), sums, input_precision=PRECISION)
+        if RAGGED:
+            w = tl.load(weight_tile, mask=(inner < stop - start)[:, None] & (columns < E)[None, :], other=0.0)
+        elif EVEN_E:
+            w = tl.load(weight_tile)
+        else:
+            w = tl.load(weight_tile, mask=(columns < E)[None, :], other=0.0)
+        sums = tl.dot(g, w, sums, input_precision=PRECISION)
         gradient_tile += BLOCK_V
         weight_tile += row_stride(stride_weight, UNIT) * BLOCK_V
     target = tl.load(target_ptr + rows, mask=exists, other=0)
@@ -150,31 +154,44 @@ def _linear_cross_entropy_grad_hidden_kernel(
 
 
 @triton.jit
-def _token_rows(rows_ptr, first_slot, slots, live, ALL: tl.constexpr):
-    """These tokens of the list, or if it has ALL tokens their numbers; those behind the last repeat it."""
-    slots = first_slot + tl.maximum(tl.minimum(slots, live - 1), 0)
-    return slots.to(tl.int64) if ALL else tl.load(rows_ptr + slots)
+def _accumulate_all_tokens(
+    sums, gradient_tile, hidden_ptr, first_slot, stop, inner, columns, E, classes, stride_hidden,
+    BLOCK_M: tl.constexpr, UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums + G^T hidden of whole blocks of tokens, where the list is that of all tokens in their order."""
+    stride = row_stride(stride_hidden, UNIT)
+    hidden_tile = hidden_ptr + (((first_slot + inner) * stride)[:, None] + columns[None, :])  # (BLOCK_M, BLOCK_E)
+    for _start in tl.range(0, stop, BLOCK_M):
+        g = tl.load(gradient_tile)
+        if EVEN_E:
+            h = tl.load(hidden_tile)
+        else:
+            h = tl.load(hidden_tile, mask=(columns < E)[None, :], other=0.0)
+        sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
+        gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
+        hidden_tile += BLOCK_M * stride
+    return sums
 
 
 @triton.jit
 def _accumulate_tokens(
-    sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, live, inner, columns, E, classes, stride_hidden,
-    BLOCK_M: tl.constexpr, UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, ALL: tl.constexpr,
+    sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, start, live, inner, columns, E, classes, stride_hidden,
+    BLOCK_M: tl.constexpr, UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums + G^T hidden. Tokens behind the last one have zeros in G; they repeat it.
+    """sums + G^T hidden of the tokens from start on. Those behind the last one have zeros in G; they repeat it.
 
-    Which rows are next is looked up a step ahead, and still takes longer than the products of a step; where ALL tokens
-    count nothing has to be looked up.
+    Which rows are next is looked up a step ahead, and still takes longer than the products of a step.
     """
-    rows = _token_rows(rows_ptr, first_slot, inner, live, ALL)
-    for start in tl.range(0, live, BLOCK_M):
+    gradient_tile += start * tl.cast(classes, tl.int64)
+    rows = tl.load(rows_ptr + first_slot + tl.maximum(tl.minimum(start + inner, live - 1), 0))
+    for first in tl.range(start, live, BLOCK_M):
         g = tl.load(gradient_tile)
         of_tokens = (rows * row_stride(stride_hidden, UNIT))[:, None] + columns[None, :]
         if EVEN_E:
             h = tl.load(hidden_ptr + of_tokens)  # (BLOCK_M, BLOCK_E)
         else:
             h = tl.load(hidden_ptr + of_tokens, mask=(columns < E)[None, :], other=0.0)
-        rows = _token_rows(rows_ptr, first_slot, start + BLOCK_M + inner, live, ALL)
+        rows = tl.load(rows_ptr + first_slot + tl.maximum(tl.minimum(first + BLOCK_M + inner, live - 1), 0))
         sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
         gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
     return sums
@@ -201,16 +218,16 @@ def _linear_cross_entropy_grad_weight_kernel(
     inner = tl.arange(0, BLOCK_M)
     gradient_tile = gradient_ptr + (inner[:, None] * classes + places[None, :])  # (BLOCK_M, BLOCK_V)
     sums = tl.zeros((BLOCK_V, BLOCK_E), tl.float32)
-    # Where every token counts the list is that of all tokens in their order. (One loop behind the other, of which one
-    # makes no step: in two branches each would have shared memory of its own.)
-    all_count = tl.load(counts_ptr) == N
-    sums = _accumulate_tokens(
-        sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, tl.where(all_count, live, 0), inner, columns, E, classes,
-        stride_hidden, BLOCK_M, UNIT, EVEN_E, PRECISION, True,
+    # Where every token counts nothing need be looked up for whole blocks of tokens. (One loop behind the other, most
+    # often without a step: in two branches each would have shared memory of its own.)
+    whole = tl.where(tl.load(counts_ptr) == N, tl.maximum(live, 0) // BLOCK_M * BLOCK_M, 0)
+    sums = _accumulate_all_tokens(
+        sums, gradient_tile, hidden_ptr, first_slot, whole, inner, columns, E, classes, stride_hidden,
+        BLOCK_M, UNIT, EVEN_E, PRECISION,
     )  # fmt: skip
     sums = _accumulate_tokens(
-        sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, tl.where(all_count, 0, live), inner, columns, E, classes,
-        stride_hidden, BLOCK_M, UNIT, EVEN_E, PRECISION, False,
+        sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, whole, live, inner, columns, E, classes, stride_hidden,
+        BLOCK_M, UNIT, EVEN_E, PRECISION,
     )  # fmt: skip
     good = tl.where(tl.load(counts_ptr + 1) > 0, False, places >= 0)
     finish_sums(
@@ -398,7 +415,7 @@ def launch_grad_hidden(
         out.view(torch.int16) if halves else out, *lower[:2], tensors.stride_weight, tensors.depth,
         N, V, *chunk[:3], chunk[3] // _VECTOR.value, lower[2], call.ignore_index, *map(int, ends),
         **tile.blocks, EVEN_E=E % tile.block_e == 0, SEVERAL=ends != (True, True), HALVES=halves,
-        **tile.launch_options, **call.options,
+        RAGGED=min(chunk[3], V - chunk[1]) % tile.block_v != 0, **tile.launch_options, **call.options,
     )  # fmt: skip
 
 

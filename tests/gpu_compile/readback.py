@@ -186,6 +186,8 @@ def _uniform_registers(line: str) -> tuple[set[int], set[int]]:
     if found is None:
         return set(), set()
     _, name, operands = found.groups()
+    if ".SPILL" in name:  # a copy aside, of pairs of which one half may mean nothing
+        return set(), set()
     first, _, others = operands.partition(",")
     written: set[int] = set()
     if re.fullmatch(r"UR\d+", first):
@@ -194,10 +196,13 @@ def _uniform_registers(line: str) -> tuple[set[int], set[int]]:
     else:
         others = operands
     read = {int(number) for number in re.findall(r"\bUR(\d+)", re.sub(r"gdesc\[UR\d+\]", "", others))}
-    # Descriptors of a matrix instruction: four registers, of which the first two are those of an operand in memory.
+    # Descriptors of operands in memory take two registers each. HGMMA names the first of four for both of its operands,
+    # whose left one may be in registers.
     for number in map(int, re.findall(r"gdesc\[UR(\d+)\]", others)):
-        left_in_registers = re.match(r"R\d+, R\d+, gdesc", operands) is not None
-        read |= {number + 2, number + 3} | (set() if left_in_registers else {number, number + 1})
+        if not name.startswith("HGMMA") or re.match(r"R\d+, R\d+, gdesc", operands) is None:
+            read |= {number, number + 1}
+        if name.startswith("HGMMA"):
+            read |= {number + 2, number + 3}
     return written, read
 
 

@@ -95,7 +95,8 @@ class CrossEntropyLaunch:
 @dataclasses.dataclass(frozen=True)
 class LinearCrossEntropyLaunch:
     """Forward and backward, all gradients; `chunked`: with sums that go on from chunk to chunk; `kept`: with logits in
-    the memory of weight's gradient, of which further tokens have none; `few`: with the tile for few tokens."""
+    the memory of weight's gradient, of which further tokens have none; `few`: with the tile for few tokens; `ragged`:
+    classes in no whole blocks."""
 
     arch: str
     dtype: str
@@ -107,13 +108,18 @@ class LinearCrossEntropyLaunch:
     chunked: bool = False
     kept: bool = False
     few: bool = False
+    ragged: bool = False
     passes: tuple[str, ...] = ("forward", "backward")
 
     def __str__(self) -> str:
-        known = ("bias", "weighted", "label_smoothing", "softcap", "chunked", "kept", "few")
+        known = ("bias", "weighted", "label_smoothing", "softcap", "chunked", "kept", "few", "ragged")
         extras = [name for name in known if getattr(self, name)]
         passes = self.passes if len(self.passes) == 1 else ()
         return "-".join([self.arch, self.dtype, f"e{self.E}", *extras, *passes])
+
+    @property
+    def V(self) -> int:
+        return 3000 if self.ragged else 3072
 
     def run(self) -> None:
         import unittest.mock
@@ -134,11 +140,11 @@ class LinearCrossEntropyLaunch:
         from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_backward
 
         dtype = getattr(torch, self.dtype)
-        hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(3072, self.E, dtype=dtype)
+        hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(self.V, self.E, dtype=dtype)
         target, row = torch.zeros(384, dtype=torch.int64), torch.zeros(384)
-        bias = torch.zeros(3072) if self.bias else None
+        bias = torch.zeros(self.V) if self.bias else None
         options: dict[str, Any] = {
-            "class_weight": torch.ones(3072) if self.weighted else None,
+            "class_weight": torch.ones(self.V) if self.weighted else None,
             "ignore_index": -100,
             "label_smoothing": self.label_smoothing,
             "softcap": self.softcap,
@@ -160,7 +166,7 @@ class LinearCrossEntropyLaunch:
 
         from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_kept
 
-        N, V = self.E // 128 * 128 + 256, 3072
+        N, V = self.E // 128 * 128 + 256, self.V
         hidden, weight = (torch.zeros(n, self.E, dtype=torch.bfloat16) for n in (N, V))
         target, row = torch.zeros(N, dtype=torch.int64), torch.zeros(N)
         options: dict[str, Any] = {
