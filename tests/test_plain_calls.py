@@ -95,6 +95,25 @@ def test_what_is_not_plain():
         assert _C.plain_arguments((x, other)) == library._NOT_PLAIN
 
 
+def test_what_is_plain_by_dispatch_keys():
+    """How tensors on a GPU are told, here with those of a CPU."""
+    x = torch.ones(2)
+
+    def kind(*args: Any) -> int:
+        return library.plain_arguments_like(torch.empty(0), args)
+
+    assert kind(x, None, 1, 2.0, True, "name") == library._PLAIN
+    assert kind(x[::2], torch.nn.Parameter(x), x.double()) == library._PLAIN_WITH_GRADIENT
+    with torch.inference_mode():
+        others = [torch.ones(2)]
+    others += [x.to("meta"), x.to_sparse(), x.as_subclass(type("Own", (torch.Tensor,), {})), torch._neg_view(x)]
+    for other in (*others, torch.ones(2, dtype=torch.complex64).conj(), [x]):
+        assert kind(x, other) == library._NOT_PLAIN
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(kind(row)), row)[1])(torch.ones(2, 2))
+    assert seen == [library._NOT_PLAIN]
+
+
 @pytest.mark.parametrize("dtype", [*_native.DTYPE_CODES])
 def test_a_tensor_is_read_as_what_its_attributes_say(dtype):
     """The binding's error quotes what it read."""

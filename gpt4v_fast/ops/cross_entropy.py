@@ -321,14 +321,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     logits, target, class_weight, *scalars = inputs
     _, lse, argmax, lse_low = output
     ctx.mark_non_differentiable(argmax, lse_low)
+    ctx.set_materialize_grads(False)  # or zeros would be made for all outputs
     ctx.save_for_backward(logits, target, lse, lse_low, class_weight)
     ctx.scalars = scalars
 
 
-def _autograd(ctx: Any, grad_nll: torch.Tensor, grad_lse: torch.Tensor, *unused: Any) -> tuple[Any, ...]:
+def _autograd(ctx: Any, grad_nll: torch.Tensor | None, grad_lse: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
     logits, target, lse, lse_low, class_weight = ctx.saved_tensors
     *options, inplace = ctx.scalars
-    arguments = (grad_nll, grad_lse, logits, target, lse, lse_low, class_weight, *options)
+    slopes = (torch.zeros_like(lse) if slope is None else slope for slope in (grad_nll, grad_lse))
+    arguments = (*slopes, logits, target, lse, lse_low, class_weight, *options)
     if inplace and _can_be_overwritten(logits):
         # No registered op may return its argument.
         gradient = _cross_entropy_backward(*arguments, out=logits.detach())

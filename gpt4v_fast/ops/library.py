@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,8 +27,8 @@ def define_op(
 ) -> Callable[..., Any]:
     """Registers `gpt4v_fast::<schema>` and returns the callable op.
 
-    What it returns calls the op where somebody traces or watches. Plain CPU tensors in eager mode go to
-    `implementation` at once, because the dispatcher would add nothing but its time, which is that of a small attention.
+    What it returns calls the op where somebody traces or watches. Plain tensors in eager mode go to `implementation` at
+    once, because the dispatcher would add nothing but its time, which is that of a small attention.
     Where a gradient is wanted that, or the op, is called within a torch.autograd.Function: under torch.func's
     transforms (grad, vjp, jacrev, vmap, ...), which ops of torch's `register_autograd` do not serve, and in eager
     mode, where that takes several times as long. vmap calls the op once per element.
@@ -88,6 +89,8 @@ def _plain_first(
         if torch.compiler.is_compiling() or _is_watched():
             return watched(*args)
         kind = _C.plain_arguments(args)
+        if kind == _NOT_PLAIN and torch.cuda.is_initialized():
+            kind = plain_arguments_like(_gpu_tensor(), args)
         if kind == _PLAIN or (kind == _PLAIN_WITH_GRADIENT and not torch.is_grad_enabled()):
             return implementation(*args)
         if kind == _PLAIN_WITH_GRADIENT and apply is not None:
@@ -95,6 +98,26 @@ def _plain_first(
         return watched(*args)
 
     return call
+
+
+@functools.cache
+def _gpu_tensor() -> torch.Tensor:
+    return torch.empty(0, device="cuda")
+
+
+def plain_arguments_like(tensor: torch.Tensor, args: Sequence[Any]) -> int:
+    """As _C.plain_arguments, of tensors that the dispatcher treats as this one: a plain one on a GPU. Whatever else it
+    would do something about (views that negate, wrappers of transforms, inference mode) has other dispatch keys."""
+    keys, kind = torch._C._dispatch_keys(tensor), _PLAIN
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch._C._dispatch_keys(x) != keys:
+                return _NOT_PLAIN
+            if x.requires_grad:
+                kind = _PLAIN_WITH_GRADIENT
+        elif x is not None and type(x) not in (bool, int, float, str):
+            return _NOT_PLAIN
+    return kind
 
 
 def is_plain_with_gradient(args: Sequence[Any]) -> bool:

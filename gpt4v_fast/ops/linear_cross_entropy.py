@@ -226,7 +226,8 @@ def _linear_cross_entropy(
     else:
         nll, lse, argmax = reference.cross_entropy_core(_logits(hidden, weight, bias), rows, *options)
     kept = _kept(hidden, weight, keep)
-    kept[: 1 << 16] = 0  # an empty header: backward finds nothing
+    if kept.numel():
+        kept[: 1 << 16] = 0  # an empty header: backward finds nothing
     return nll, lse, argmax, torch.zeros_like(lse), kept
 
 
