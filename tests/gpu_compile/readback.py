@@ -188,13 +188,13 @@ def _uniform_registers(line: str) -> tuple[set[int], set[int]]:
     _, name, operands = found.groups()
     if ".SPILL" in name:  # a copy aside, of pairs of which one half may mean nothing
         return set(), set()
-    first, _, others = operands.partition(",")
     written: set[int] = set()
-    if re.fullmatch(r"UR\d+", first):
+    # What is set comes first, or after a predicate that is set too: "ULOP3.LUT UP1, UR12, UR11, ...".
+    set_first = None if "SETP" in name else re.match(r"(?:U?P\w+, )?UR(\d+)\b", operands)
+    if set_first is not None:
         width = max({"64": 2, "WIDE": 2, "128": 4}.get(part, 1) for part in name.split("."))
-        written = {int(first[2:]) + i for i in range(width)}
-    else:
-        others = operands
+        written = {int(set_first.group(1)) + i for i in range(width)}
+    others = operands if set_first is None else operands[set_first.end() :]
     read = {int(number) for number in re.findall(r"\bUR(\d+)", re.sub(r"gdesc\[UR\d+\]", "", others))}
     # Descriptors of operands in memory take two registers each. HGMMA names the first of four for both of its operands,
     # whose left one may be in registers.

@@ -52,7 +52,7 @@ FULL += [AttentionLaunch(arch, "bfloat16", 192, 128) for arch in _CHIPS]
 FULL += [AttentionLaunch(arch, "bfloat16", 64, softcap=30.0, causal=False) for arch in _CHIPS]
 # Values narrower than keys, rows of whole 16 bytes and others.
 NARROW = [
-    AttentionLaunch("sm_90", "bfloat16", *heads, causal)
+    AttentionLaunch("sm_90", "bfloat16", *heads, causal, passes=("forward",))
     for heads in ((35, 21), (21, 11), (35, 11), (71, 11), (71, 21), (40, 16), (80, 64), (96, 8), (128, 64))
     for causal in (True, False)
 ]
@@ -313,7 +313,8 @@ _SASS = """
         /*0000*/                   ULDC.64 UR4, c[0x0][0x208] ;
         /*0010*/                   UIADD3 UR14, UP0, UR14, 0x20, URZ ;
         /*0020*/               @P0 BRA `(.L_x_0) ;
-        /*0030*/                   UMOV UR8, 0x1 ;
+        /*0030*/                   ULOP3.LUT UP1, UR8, UR4, 0x1, URZ, 0xc0, !UPT ;
+        /*0038*/                   UISETP.NE.AND UP0, UPT, UR8, URZ, UPT ;
         /*0040*/                   UMOV UR10, UR5 ;
         /*0050*/                   UMOV UR11, 0x40000040 ;
 .L_x_0:
@@ -331,5 +332,7 @@ def test_reads_of_what_nothing_has_set_are_found():
 
     found = readback._unset_reads(readback._blocks(_SASS, readback._sass_line))
     assert [line[2:6] for line in found] == ["0010", "0080"]
-    whole = _SASS.replace("UMOV UR8, 0x1", "ULDC.64 UR8, c[0x0][0x210]").replace("UR14, 0x20", "UR5, 0x20")
+    whole = _SASS.replace("ULOP3.LUT UP1, UR8, UR4, 0x1, URZ, 0xc0, !UPT", "ULDC.64 UR8, c[0x0][0x210]").replace(
+        "UR14, 0x20", "UR5, 0x20"
+    )
     assert readback._unset_reads(readback._blocks(whole, readback._sass_line)) == ()
