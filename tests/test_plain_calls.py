@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -112,6 +113,30 @@ def test_what_is_plain_by_dispatch_keys():
     seen = []
     torch.func.vmap(lambda row: (seen.append(kind(row)), row)[1])(torch.ones(2, 2))
     assert seen == [library._NOT_PLAIN]
+
+
+def test_plain_tensors_on_a_gpu_skip_the_dispatcher(monkeypatch):
+    """As on a GPU, with a CPU's in its place: the same bits, and no op is dispatched."""
+    x, target = torch.randn(5, 7, requires_grad=True), torch.tensor([0, 6, -100, 3, 1])
+    leaves = small(gradient=True)
+
+    def results() -> list[torch.Tensor]:
+        loss, out = gf.cross_entropy(x, target), gf.attention(*leaves)
+        with torch.no_grad():
+            alone = gf.cross_entropy(x, target, reduction="none")
+        return [loss, out, alone, *torch.autograd.grad(loss, x), *torch.autograd.grad(out.sum(), leaves)]
+
+    want = results()
+    fit = _C.do_attention_tensors_fit
+    not_plain = types.SimpleNamespace(plain_arguments=lambda args: library._NOT_PLAIN, do_attention_tensors_fit=fit)
+    monkeypatch.setattr(library, "_C", not_plain)
+    monkeypatch.setattr(library, "_gpu_tensor", lambda: torch.empty(0))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.autograd, "_profiler_enabled", lambda: False)  # or calls would be for it to see
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        got = results()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert not [event.name for event in profile.events() if event.name.startswith("gpt4v_fast::")]
 
 
 @pytest.mark.parametrize("dtype", [*_native.DTYPE_CODES])
