@@ -30,6 +30,7 @@ import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -248,7 +249,7 @@ def launches() -> Iterator[list[str]]:
 
     names: list[str] = []
     launcher, method = (jit.JITFunction, "run") if ON_GPU else (interpreter.GridExecutor, "__call__")
-    plain, plain_relaunch = getattr(launcher, method), Relaunch.__call__
+    plain = getattr(launcher, method)
 
     def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
         names.append(self.fn.__name__)
@@ -257,10 +258,5 @@ def launches() -> Iterator[list[str]]:
     def relaunched(self: Any, function: Any, programs: int, *args: Any, **named: Any) -> None:
         function[(programs,)](*args, **named)
 
-    setattr(launcher, method, recorded)
-    Relaunch.__call__ = relaunched  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(launcher, method, recorded), mock.patch.object(Relaunch, "__call__", relaunched):
         yield names
-    finally:
-        setattr(launcher, method, plain)
-        Relaunch.__call__ = plain_relaunch  # type: ignore[method-assign]

@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from typing import Any
 
 import triton
 from triton.compiler import CompiledKernel
@@ -118,7 +119,7 @@ def _run(*command: str) -> str:
 class _Block:
     instructions: list[str] = dataclasses.field(default_factory=list)
     lines: list[str] = dataclasses.field(default_factory=list)
-    targets: list[str] = dataclasses.field(default_factory=list)
+    targets: list[Any] = dataclasses.field(default_factory=list)  # labels, and in the end the places of their blocks
     falls_through: bool = True
 
 
@@ -168,13 +169,13 @@ def _blocks(text: str, read: object) -> list[_Block]:
             blocks[-1].falls_through = goes_on
             blocks.append(_Block())
     for block in blocks:
-        block.targets = [places[target] for target in block.targets if target in places]  # type: ignore[misc]
+        block.targets = [places[target] for target in block.targets if target in places]
     return blocks
 
 
 def _successors(blocks: list[_Block]) -> list[list[int]]:
     return [
-        [*block.targets, *([i + 1] if block.falls_through and i + 1 < len(blocks) else [])]  # type: ignore[list-item]
+        [*block.targets, *([i + 1] if block.falls_through and i + 1 < len(blocks) else [])]
         for i, block in enumerate(blocks)
     ]
 
