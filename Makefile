@@ -71,7 +71,7 @@ wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
 
 $(VENV)/.lint: pyproject.toml | $(STAMP)
-	$(BIN)/python -m pip install -q -e ".[lint]"
+	$(BIN)/python -m pip install -q --group lint
 	touch $@
 
 lint: $(VENV)/.lint

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 
 from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 from gpt4v_fast.kernels.common import (
     LN2,
     LOG2E,
@@ -115,7 +116,7 @@ def logits_tile(
 
 @triton.jit
 def kept_places(slots, start, stop, E, vectors, whole, BLOCK_V: tl.constexpr):
-    """(base, places, in_row): where the kept logits of these slots and of classes start.. are (configs.Kept), counted
+    """(base, places, in_row): where the kept logits of these slots and of classes start.. are (plans.Kept), counted
     from element `base`, and which of the columns a row has."""
     classes = vectors * _VECTOR
     chunk = start // classes
@@ -143,7 +144,7 @@ def _keep_half(x, origin, slots, start, stop, E, kept_ptr, vectors, whole):
 def _keep_logits(
     x, largest, slots, start, stop, E, kept_ptr, origins_ptr, tokens, vectors, whole, BLOCK_V: tl.constexpr
 ):  # fmt: skip
-    """A tile of logits as 16-bit steps of 2^-9 octaves below the largest of each token: see configs.Kept. Of slots
+    """A tile of logits as 16-bit steps of 2^-9 octaves below the largest of each token: see plans.Kept. Of slots
     without a token too, which have room in a whole block and are made zeros later."""
     origin = tl.where(tl.abs(largest) == float("inf"), 0.0, largest)
     tl.store(origins_ptr + tl.cast(start // BLOCK_V, tl.int64) * tokens + slots, origin)
@@ -291,7 +292,7 @@ def _linear_cross_entropy_merge_kernel(
 class KeptLogits:
     """What forward keeps for backward, which uses it up."""
 
-    plan: configs.Kept
+    plan: plans.Kept
     memory: torch.Tensor  # (plan.elements,) of hidden's dtype: logits now, the gradient of weight later
     origins: torch.Tensor | None  # (tiles, plan.tokens), fp32
     label: torch.Tensor  # (N,) of the list: the logit of each label, fp32
@@ -318,7 +319,7 @@ def inputs(hidden: torch.Tensor, weight: torch.Tensor) -> Inputs:
     return Inputs(hidden, weight, of_hidden * factor, of_weight * factor, hidden.shape[1] // shared, shared)
 
 
-def kept_layout(plan: configs.Kept) -> tuple[int, int, int, int]:
+def kept_layout(plan: plans.Kept) -> tuple[int, int, int, int]:
     """(tokens, vectors of a chunk's row, whole chunks, classes in all) for the kernels."""
     return plan.tokens, plan.classes // _VECTOR.value, plan.whole, plan.stop
 
@@ -393,8 +394,8 @@ def _forward(
         config = configs.linear_cross_entropy(arch, hidden.dtype, E, rich)
         tile = config.forward
         plain = bias is None and softcap is None
-        plan = configs.linear_cross_entropy_kept(N, V, E, hidden.dtype, plain, config) if keeps else None
-        splits, tiles_per_split = configs.vocabulary_splits(arch, N, V, tile)
+        plan = plans.kept(N, V, E, hidden.dtype, plain, config) if keeps else None
+        splits, tiles_per_split = plans.vocabulary_splits(arch, N, V, tile)
         largest, sums, smooth = (hidden.new_empty(splits, N, dtype=torch.float32) for _ in range(3))
         best = hidden.new_empty(splits, N, dtype=torch.int32)
         rows, counts = list_rows(target, V, ignore_index, arch)

@@ -3,14 +3,14 @@
     G = gradient of the logits;   dh = G weight,   dW = G^T hidden,   db = sum of G over tokens
 
 Logits are computed again in registers and turned into G there; what is written is G alone, in hidden's dtype, for a
-chunk of tokens and classes of at most configs.GRADIENT_BYTES, which the two products then read. Rejected: no G at all.
+chunk of tokens and classes of at most plans.GRADIENT_BYTES, which the two products then read. Rejected: no G at all.
 A product's sums over all E columns do not fit registers, so each piece of 256 columns would need logits of its own:
 2 N V E (E / 256) flops more for each of the two products, where G costs 6 bytes a logit. Rejected too: atomics in place
 of chunks (cut cross-entropy), whose sums differ from run to run.
 
 In fp16 G is scaled by a power of two, or small probabilities would be subnormal there. Sums over several chunks are
 fp32: a 16-bit gradient holds their upper half until the last chunk, a scratch tensor the lower.
-`configs.linear_cross_entropy_sweeps` bounds all scratch. Tokens that do not count are in no product.
+`plans.sweeps` bounds all scratch. Tokens that do not count are in no product.
 Flops: 6 C V E for C counted tokens, 8 where hidden's and weight's gradients need a sweep of their own.
 """
 
@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 from gpt4v_fast.kernels.common import Relaunch, launch_options, on_device, target_arch
 from gpt4v_fast.kernels.cross_entropy import class_weights, gradient_slopes, logit_gradient
 from gpt4v_fast.kernels.linear_cross_entropy import Inputs, grouped, inputs, list_rows, logits_tile, row_stride
@@ -297,7 +298,7 @@ def linear_cross_entropy_backward(
         }
         call = the_call(slopes, hidden, weight, bias, target, lse, listed, softcap=softcap, **options)
         sizes = (N, V, E, hidden.element_size())
-        for sweep in configs.linear_cross_entropy_sweeps(*sizes, of_hidden, of_weight, of_bias, call.config):
+        for sweep in plans.sweeps(*sizes, of_hidden, of_weight, of_bias, call.config):
             run_sweep(
                 call, sweep,
                 grad_hidden if sweep.of_hidden else None, grad_weight if sweep.of_weight else None,
@@ -344,7 +345,7 @@ def the_call(
 
 def run_sweep(
     call: Call,
-    sweep: configs.Sweep,
+    sweep: plans.Sweep,
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
     grad_bias: torch.Tensor | None,

@@ -1,7 +1,7 @@
 """Gradients of linear cross-entropy from logits that forward has kept where the gradient of weight will stand.
 
 Forward (kernels/linear_cross_entropy.py) leaves the logits of the first tokens that count, as many as grad_weight has
-features, in grad_weight's own memory, 16 bits each (configs.Kept). Here they become G in place, and grad_hidden of
+features, in grad_weight's own memory, 16 bits each (plans.Kept). Here they become G in place, and grad_hidden of
 those tokens is one product over all classes. Then, a chunk of classes after the other, G is copied aside, G of the
 tokens that were not kept is computed beside it as in linear_cross_entropy_backward.py, and grad_weight is written over
 its logits.
@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 from gpt4v_fast.kernels.common import LOG2E, on_device
 from gpt4v_fast.kernels.cross_entropy import gradient_slopes
 from gpt4v_fast.kernels.linear_cross_entropy import KeptLogits, grouped, kept_layout, kept_places, row_stride
@@ -214,10 +214,10 @@ def _chunks(
     hidden, plan = call.tensors.hidden, kept.plan
     (N, E), V = hidden.shape, grad_weight.shape[0]
     others = max(0, N - plan.tokens)
-    if others and grad_hidden is not None and others * E * 2 > configs.SUMS_BYTES:
+    if others and grad_hidden is not None and others * E * 2 > plans.SUMS_BYTES:
         # Lower halves of sums have no room: the logits of these tokens are computed once more.
         sizes = (others, V, E, hidden.element_size())
-        for sweep in configs.linear_cross_entropy_sweeps(*sizes, True, False, False, call.config, first=plan.tokens):
+        for sweep in plans.sweeps(*sizes, True, False, False, call.config, first=plan.tokens):
             run_sweep(call, sweep, grad_hidden, None, None)
         grad_hidden = None
     several = grad_hidden is not None and plan.classes < V

@@ -4,7 +4,7 @@ For logits that are few enough to be written, all at once: kernels/linear_cross_
 price of more launches. Tokens whose label is ignored take part in the products, whose sizes the host must know: to
 drop them it would have to wait for the device to count them.
 
-8 N V E flops forward and backward, since logits are computed again. At most 2 LINEAR_PRODUCT_BYTES of memory beside the
+8 N V E flops forward and backward, since logits are computed again. At most 2 PRODUCT_BYTES of memory beside the
 results: fp32 logits, their gradient in 16 bits, and in fp16 or where it is small a slice of an fp32 product on its way
 to 16 bits.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 from gpt4v_fast.kernels.cross_entropy import cross_entropy_backward, cross_entropy_forward
 
 
@@ -52,7 +52,7 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def _product_like(like: torch.Tensor, a: torch.Tensor, b: torch.Tensor, factor: torch.Tensor | None) -> torch.Tensor:
     """a @ b, times factor if given, in the shape and dtype of `like`, summed in fp32 and rounded once."""
-    rows = max(1, configs.LINEAR_PRODUCT_BYTES // 2 // (4 * max(1, like.shape[1])))
+    rows = max(1, plans.PRODUCT_BYTES // 2 // (4 * max(1, like.shape[1])))
     if factor is None and (like.dtype == torch.float32 or (like.shape[0] > rows and a.is_cuda)):
         # 16-bit results of this size are enough for every multiprocessor: cuBLAS does not split their sums, whose parts
         # it would round to 16 bits.

@@ -192,14 +192,14 @@ def interpreted_linear_cross_entropy(
     wanted: Sequence[str] = ("hidden", "weight", "bias"),
 ) -> tuple[str, list[torch.Tensor]]:
     """(the kernel, [loss, lse, z_loss] or, with gradients of the first two, those of the wanted tensors) of
-    gf.linear_cross_entropy on the Triton kernels, with other constants of kernels/configs.py."""
+    gf.linear_cross_entropy on the Triton kernels, with other constants of kernels/linear_cross_entropy_plans.py."""
     from unittest import mock
 
     import gpt4v_fast as gf
-    from gpt4v_fast.kernels import configs
+    from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 
     leaves = {name: x.detach().requires_grad_(name in wanted) for name, x in tensors.items()}
-    with gf.force(backend="triton"), mock.patch.multiple(configs, **constants):
+    with gf.force(backend="triton"), mock.patch.multiple(plans, **constants):
         choice = gf.explain(gf.linear_cross_entropy, target=target, **leaves, **options)
         assert choice.backend == "triton"
         loss, stats = gf.linear_cross_entropy(target=target, **leaves, return_stats=True, **options)

@@ -17,7 +17,7 @@ from random_rounding import BITS
 
 import gpt4v_fast as gf
 from gpt4v_fast import backends, reference
-from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("GPT4V_FAST_TEST_DEVICE") != "cuda" or not torch.cuda.is_available(),
@@ -60,10 +60,10 @@ LINEAR = [
 def test_linear_cross_entropy(case, monkeypatch):
     options, target = case.options(), case.target()
     is_fused = case.name.startswith("fused")
-    monkeypatch.setattr(configs, "LINEAR_PRODUCT_BYTES", 0 if is_fused else 32 << 20)
+    monkeypatch.setattr(plans, "PRODUCT_BYTES", 0 if is_fused else 32 << 20)
     monkeypatch.setattr(backends._settings, "cache", {})
     if case.name.endswith("in-chunks"):  # of 512 classes, and in the memory of the last ones half of the lower halves
-        monkeypatch.setattr(configs, "KEPT_BYTES", 2 * 768 * 512 + 2 * 256 * 188)
+        monkeypatch.setattr(plans, "KEPT_BYTES", 2 * 768 * 512 + 2 * 256 * 188)
 
     def oracle(hidden, weight, bias=None):
         loss, stats = reference.linear_cross_entropy(hidden, weight, target, bias=bias, return_stats=True, **options)

@@ -1,4 +1,4 @@
-"""The three ways to install, and the name `kernels`, which belongs to a package of that name on PyPI."""
+"""The ways to install, and the name `kernels`, which belongs to a package of that name on PyPI."""
 
 import os
 import subprocess
@@ -102,16 +102,15 @@ def test_the_wheel_answers_a_question_in_a_new_environment(wheel, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_plain_and_an_editable_install_work(tmp_path):
-    python = make_environment(tmp_path / "plain", str(ROOT))
-    right, runtimes, place = run([python, "-c", CHECK], tmp_path).splitlines()
-    assert (right, runtimes) == ("True", "1") and Path(place).is_relative_to(tmp_path)
-    run([python, "-m", "pip", "uninstall", "-q", "-y", "gpt4v_fast"], tmp_path)
-
-    # The editable one in a copy: it writes the extension into the source folder.
+def test_an_editable_install_works(tmp_path):
+    """In a copy: it writes the extension into the source folder. (The wheel above is what a plain install makes.)"""
     source = tmp_path / "source"
     run(["git", "clone", "-q", str(ROOT), str(source)], tmp_path)
-    run([python, "-m", "pip", "install", "-q", "-e", str(source)], tmp_path)
+    python = make_environment(tmp_path / "env")
+    quickly = {"GPT4V_FAST_SCALAR_ONLY": "1", "GPT4V_FAST_CUDA": "0"}
+    run([python, "-m", "pip", "install", "-q", "-e", str(source)], tmp_path, **quickly)
     for where in (tmp_path, source):
         right, runtimes, place = run([python, "-c", CHECK], where).splitlines()
         assert (right, runtimes) == ("True", "1") and Path(place) == source
+    code = "import gpt4v_fast._C as c; print(c.available_isas())"
+    assert run([python, "-c", code], tmp_path) == "['scalar']"

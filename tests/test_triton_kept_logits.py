@@ -18,13 +18,14 @@ from triton_interpreter import ON_GPU, call, launch, launches
 
 from gpt4v_fast import reference
 from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
 # A block of tokens and a unit of classes of the launch table; room for a unit of 160 tokens or 384, with room for
 # lower halves of sums too, or none: then grad_hidden of the tokens that are not kept has a sweep of its own.
 BLOCK, UNIT, N_MORE = (128, 256, 384) if ON_GPU else (32, 64, 160)
-FUSED = {"LINEAR_PRODUCT_BYTES": 0}
+FUSED = {"PRODUCT_BYTES": 0}
 SMALL = {**FUSED, "KEPT_BYTES": 2 * N_MORE * UNIT + 2 * N_MORE * 80}
 NO_ROOM = {**FUSED, "KEPT_BYTES": 2 * N_MORE * UNIT, "SUMS_BYTES": 64 * 33 * 2}
 
@@ -113,7 +114,7 @@ def _twice(leaves, target, constants):
     import gpt4v_fast as gf
 
     leaves = [x.requires_grad_() for x in leaves]
-    with gf.force(backend="triton"), mock.patch.multiple(configs, **constants):
+    with gf.force(backend="triton"), mock.patch.multiple(plans, **constants):
         loss = gf.linear_cross_entropy(*leaves, target, ignore_index=IGNORED)
         first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
         again = gf.linear_cross_entropy(*leaves, target, ignore_index=IGNORED)
@@ -144,7 +145,7 @@ def run(hidden, weight, target, constants=SMALL, **options):
 def _run(hidden, weight, target, constants, options):
     from unittest import mock
 
-    with mock.patch.multiple(configs, **constants):
+    with mock.patch.multiple(plans, **constants):
         module = "linear_cross_entropy"
         *rows, kept = launch(module, f"{module}_forward_keeping", hidden, weight, None, target, **options)
         assert kept is not None
@@ -208,12 +209,12 @@ def test_the_plan_keeps_to_its_memory(arch):
     planned = lent = 0
     for N, V, E in itertools.product(*SIZES):
         config = configs.linear_cross_entropy(arch, BF16, E, False)
-        plan = configs.linear_cross_entropy_kept(N, V, E, BF16, True, config)
+        plan = plans.kept(N, V, E, BF16, True, config)
         if plan is None:
             continue
         planned += 1
         block = config.gradient.block_m
-        assert plan.tokens % block == 0 and plan.tokens <= E and plan.tokens * configs.KEPT_SHARE >= N
+        assert plan.tokens % block == 0 and plan.tokens <= E and plan.tokens * plans.KEPT_SHARE >= N
         assert plan.classes % config.unit == 0 and plan.classes % plan.tile == 0
         # Every chunk's logits lie within its own rows of grad_weight; the last one's may reach a little beyond.
         assert plan.tokens * plan.classes <= plan.classes * E
@@ -228,8 +229,8 @@ def test_the_plan_keeps_to_its_memory(arch):
         origins = -(-V // plan.tile) * plan.tokens * 4  # until grad_weight's chunks begin
         gradient = 2 * (plan.tokens + -(-others // block) * block) * plan.classes
         halves = 2 * (others - plan.near) * E if plan.classes < V else 0
-        if 2 * others * E > configs.SUMS_BYTES:
-            sweeps = configs.linear_cross_entropy_sweeps(others, V, E, 2, True, False, False, config, first=plan.tokens)
+        if 2 * others * E > plans.SUMS_BYTES:
+            sweeps = plans.sweeps(others, V, E, 2, True, False, False, config, first=plan.tokens)
             (sweep,) = sweeps
             alone = sweep.tokens * sweep.classes * 2 + sum(sweep.lower_halves) * E * 2
             assert alone <= 64 << 20 and sweep.chunks[0][0] == plan.tokens
@@ -242,11 +243,11 @@ def test_the_plan_keeps_to_its_memory(arch):
 def test_nothing_is_kept_where_rounding_would_show():
     for dtype, plain, E in ((torch.float16, True, 4096), (BF16, False, 4096), (BF16, True, 64)):
         config = configs.linear_cross_entropy("sm_90", dtype, E, not plain)
-        assert configs.linear_cross_entropy_kept(8192, 32_000, E, dtype, plain, config) is None
+        assert plans.kept(8192, 32_000, E, dtype, plain, config) is None
 
 
 def test_chunks_fill_the_multiprocessors():
     """128 classes of 256 features are a tile: 24 x 16 in three waves of 132 multiprocessors, not 26 x 16."""
     config = configs.linear_cross_entropy("sm_90", BF16, 4096, False)
-    plan = configs.linear_cross_entropy_kept(8192, 128_256, 4096, BF16, True, config)
+    plan = plans.kept(8192, 128_256, 4096, BF16, True, config)
     assert plan is not None and (plan.tokens, plan.classes) == (4096, 3072)

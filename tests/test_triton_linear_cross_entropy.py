@@ -32,10 +32,11 @@ from triton_interpreter import ON_GPU, call, launch, place
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 
 pytest.importorskip("triton", reason="the Triton kernels need triton")
 
-PRODUCTS, FUSED = ({"LINEAR_PRODUCT_BYTES": n} for n in (configs.LINEAR_PRODUCT_BYTES, 0))
+PRODUCTS, FUSED = ({"PRODUCT_BYTES": n} for n in (plans.PRODUCT_BYTES, 0))
 # Chunks of 32 tokens and 64 classes of 16 bits. Rooms for lower halves of sums: of all tokens, or of some.
 CHUNKED = {**FUSED, "GRADIENT_BYTES": 32 * 64 * 2, "CHUNK_TOKENS": 32}
 ONE_SWEEP, TWO_SWEEPS = {**CHUNKED, "SUMS_BYTES": 1 << 20}, {**CHUNKED, "SUMS_BYTES": 64 * 33 * 2}
@@ -163,7 +164,7 @@ def _run(hidden, weight, target, bias, upstream, constants, wanted, options):
     from unittest import mock
 
     tensors = (hidden, weight, bias, target)
-    with mock.patch.multiple(configs, **constants):
+    with mock.patch.multiple(plans, **constants):
         nll, lse, argmax = launch("linear_cross_entropy", "linear_cross_entropy_forward", *tensors, **options)
         # Each in memory of its own: the worker watches what lies beside.
         upstream = [x.clone() for x in (torch.ones(2, target.shape[0]) if upstream is None else upstream)]
@@ -374,7 +375,7 @@ def test_backward_needs_at_most_64_mib(arch, dtype):
     for N, V, E in itertools.product(*SIZES):
         config = configs.linear_cross_entropy(arch, dtype, E, False)
         for wanted in WANTED:
-            for sweep in configs.linear_cross_entropy_sweeps(N, V, E, dtype.itemsize, *wanted, config):
+            for sweep in plans.sweeps(N, V, E, dtype.itemsize, *wanted, config):
                 scratch = sweep.tokens * sweep.classes * dtype.itemsize
                 scratch += sweep.tokens // config.gradient.block_m * sweep.classes * 4
                 scratch += sum(sweep.lower_halves) * E * 2
@@ -386,7 +387,7 @@ def test_every_logit_is_in_one_chunk_of_a_sweep(dtype):
     for N, V, E in ((1, 1, 1), (8192, 50_257, 576), (20_000, 1000, 4096), (9000, 128_256, 4096)):
         config = configs.linear_cross_entropy("sm_90", dtype, E, False)
         for wanted in WANTED:
-            sweeps = configs.linear_cross_entropy_sweeps(N, V, E, dtype.itemsize, *wanted, config)
+            sweeps = plans.sweeps(N, V, E, dtype.itemsize, *wanted, config)
             for i, name in enumerate(("of_hidden", "of_weight", "of_bias")):
                 assert sum(getattr(sweep, name) for sweep in sweeps) == wanted[i]
             for sweep in sweeps:
@@ -399,7 +400,7 @@ def test_every_logit_is_in_one_chunk_of_a_sweep(dtype):
 def test_a_sweep_serves_both_products_where_it_can():
     def sweeps(N: int, E: int, itemsize: int) -> int:
         config = configs.linear_cross_entropy("sm_90", BF16, E, False)
-        return len(configs.linear_cross_entropy_sweeps(N, 128_256, E, itemsize, True, True, False, config))
+        return len(plans.sweeps(N, 128_256, E, itemsize, True, True, False, config))
 
     assert sweeps(4096, 4096, 2) == sweeps(8192, 2048, 2) == 1
     assert sweeps(4097, 4096, 2) == 2
@@ -409,6 +410,6 @@ def test_a_sweep_serves_both_products_where_it_can():
 @pytest.mark.parametrize("N, V", [(1, 1), (8192, 128_256), (100, 262_144), (1_000_000, 32_000)])
 def test_vocabulary_splits_cover_the_vocabulary(N, V):
     tile = configs.linear_cross_entropy("sm_90", BF16, 4096, False).forward
-    splits, tiles = configs.vocabulary_splits("sm_90", N, V, tile)
+    splits, tiles = plans.vocabulary_splits("sm_90", N, V, tile)
     assert (splits - 1) * tiles * tile.block_v < V <= splits * tiles * tile.block_v
     assert splits * N * 16 <= 16 * N + (8 << 20)

@@ -1,7 +1,7 @@
 // Included once by each ISA's file, which names its namespace in GPT4V_FAST_ISA. Everything below a kernel
 // lives in that namespace or is a system header's macro or intrinsic: the linker keeps one copy of an inline
 // function, and it must not be one compiled for a processor that the caller does not have
-// (tests/test_build.py looks for such symbols).
+// (tests/test_native.py looks for such symbols).
 #pragma once
 
 #include "dispatch.h"

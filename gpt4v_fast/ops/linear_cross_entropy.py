@@ -18,7 +18,7 @@ import torch
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast._native import _C, threads, view
-from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 from gpt4v_fast.ops import checks, labels, library, vocab_parallel
 from gpt4v_fast.ops.cross_entropy import (
     LOSS_OPTIONS,
@@ -178,7 +178,7 @@ def _request(*args: Any, **kwargs: Any) -> backends.Request:
 
 
 def _describe(hidden: torch.Tensor, weight: torch.Tensor) -> backends.Request:
-    few = configs.linear_cross_entropy_by_products(hidden.shape[0], weight.shape[0])
+    few = plans.by_products(hidden.shape[0], weight.shape[0])
     return backends.Request("linear_cross_entropy", hidden.device.type, hidden.dtype, _FEW if few else frozenset())
 
 
@@ -189,7 +189,7 @@ def _is_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
 def _too_many_logits(request: backends.Request) -> str | None:
     if request.features >= _FEW:
         return None
-    return f"the fp32 logits need more than {configs.LINEAR_PRODUCT_BYTES >> 20} MiB"
+    return f"the fp32 logits need more than {plans.PRODUCT_BYTES >> 20} MiB"
 
 
 backends.register_kernel("linear_cross_entropy", "cpu", "_C.linear_cross_entropy")

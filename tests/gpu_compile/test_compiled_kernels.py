@@ -21,6 +21,7 @@ from gpu_compile.worker import (
 )
 
 from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 
 MATRIX = {
     "sm_80": r"HMMA\.",
@@ -292,7 +293,7 @@ def test_every_device_has_an_entry(arch):
         for E, rich in ((64, False), (64, True), (33, False), (72, True)):
             config = configs.linear_cross_entropy(arch, dtype, E, rich)
             assert config.gradient.block_m % config.grad_weight.block_m == 0
-            (sweep,) = configs.linear_cross_entropy_sweeps(5, 7, E, dtype.itemsize, True, True, True, config)
+            (sweep,) = plans.sweeps(5, 7, E, dtype.itemsize, True, True, True, config)
             few = config.of_hidden(5, E)
             assert config.grad_hidden.block_m % few.block_m == 0 and config.grad_hidden.block_v % few.block_v == 0
             for tile in (config.gradient, config.grad_hidden, config.grad_weight, few):

@@ -137,7 +137,8 @@ class LinearCrossEntropyLaunch:
 
         import torch
 
-        from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_backward
+        from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_backward
+        from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 
         dtype = getattr(torch, self.dtype)
         hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(self.V, self.E, dtype=dtype)
@@ -152,9 +153,9 @@ class LinearCrossEntropyLaunch:
         if "forward" in self.passes:
             linear_cross_entropy.linear_cross_entropy_forward(hidden, weight, bias, target, **options)
         if "backward" in self.passes:
-            tokens, classes = (128, 1024) if self.chunked else (configs.CHUNK_TOKENS, 3072)
+            tokens, classes = (128, 1024) if self.chunked else (plans.CHUNK_TOKENS, 3072)
             sizes = {"CHUNK_TOKENS": tokens, "GRADIENT_BYTES": tokens * classes * dtype.itemsize}
-            with unittest.mock.patch.multiple(configs, **sizes):
+            with unittest.mock.patch.multiple(plans, **sizes):
                 linear_cross_entropy_backward.linear_cross_entropy_backward(
                     row, row, hidden, weight, bias, target, row, of_hidden=True, of_weight=True, of_bias=True, **options
                 )
@@ -164,7 +165,8 @@ class LinearCrossEntropyLaunch:
 
         import torch
 
-        from gpt4v_fast.kernels import configs, linear_cross_entropy, linear_cross_entropy_kept
+        from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_kept
+        from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
 
         N, V = self.E // 128 * 128 + 256, self.V
         hidden, weight = (torch.zeros(n, self.E, dtype=torch.bfloat16) for n in (N, V))
@@ -175,7 +177,7 @@ class LinearCrossEntropyLaunch:
             "label_smoothing": self.label_smoothing,
         }
         room = 2 * N * 1024 + 2 * 256 * self.E  # chunks of 1,024 classes
-        with unittest.mock.patch.multiple(configs, KEPT_BYTES=room):
+        with unittest.mock.patch.multiple(plans, KEPT_BYTES=room):
             forward = linear_cross_entropy.linear_cross_entropy_forward_keeping
             *_, kept = forward(hidden, weight, None, target, **options)
             assert kept is not None and kept.plan.classes < V and kept.plan.tokens < N
