@@ -44,6 +44,11 @@ LARGE = [
     Case("deep", 60, 300, 5000),
     Case("deep-bf16", 60, 300, 5000, BF16, bias=BF16),
     Case("groups-of-tokens-bf16", 1150, 70, 4096, BF16, ignored=0.0),
+    # Where there are tiles, rows of grad_weight of over 16 MiB go past the caches: whole lines of it (loss_stream.h),
+    # of one chunk of tokens or the last of several, or none.
+    Case("large-rows-bf16", 100, 4100, 2080, BF16, bias=BF16),
+    Case("large-rows-chunks-bf16", 1300, 2048, 4096, BF16, ignored=0.0),
+    Case("large-rows-half-lines-bf16", 70, 8200, 1040, BF16),
 ]
 
 
@@ -318,7 +323,9 @@ print(most - gradients)
 
 
 @memory_is_measured
-@pytest.mark.parametrize("dtype, N, V, E", [("float32", 1536, 40_000, 48), ("bfloat16", 4200, 4500, 1024)])
+@pytest.mark.parametrize(
+    "dtype, N, V, E", [("float32", 1536, 40_000, 48), ("bfloat16", 4200, 4500, 1024), ("bfloat16", 3000, 8000, 4096)]
+)
 def test_extra_memory_is_bounded(dtype, N, V, E):
     """Forward and backward, as the process sees it: at most 64 MiB beside the gradients.
 

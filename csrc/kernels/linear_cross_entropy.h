@@ -15,6 +15,7 @@
 
 #include "args.h"
 #include "kernels/kept_logits.h"
+#include "kernels/loss_deep.h"
 #include "kernels/loss_statistics.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
@@ -43,8 +44,9 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
   const Buffer<Lanes> partial(ranges * chunk);
   const Buffer<double> range_weight(ranges);
   const bool smoothing = classes.smoothing > 0.0f;
+  const DeepLogits<T> deep(a, weight, chunk, team);
   const int64_t scratch_bytes =
-      max_of(packed_floats * 4 + ranges * chunk * int64_t{sizeof(Lanes)},
+      max_of(packed_floats * 4 + ranges * chunk * int64_t{sizeof(Lanes)} + deep.bytes(E, chunk),
              BackwardSizes<T>::of(counted.count, E, V).bytes(counted.count, E, a.keeps_in_gradient));
   const int64_t thread_bytes = thread_floats > 0 ? kThreadBytes : 0;  // however many threads there are
   const auto kept = KeptLogits<T>::to_fill(a, strips, kExtraBytes - scratch_bytes - thread_bytes, threads);
@@ -64,11 +66,17 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
       for (int64_t v = range * range_rows; v < end; v += tile_rows) {
         rows.load(classes, v, min_of(tile_rows, end - v));
         Fetch weight_ahead = rows.fetch_next(tile_rows);
+        const int64_t index = (v - range * range_rows) / tile_rows;
+        deep.multiply(index, v, end, tile_rows, packed.get(), strips, first, last);
         for (int64_t s = first; s < last; ++s) {
-          alignas(64) float tile[kTileRows * kCols];
+          alignas(64) float own[kTileRows * kCols];
+          float* const tile = deep ? deep.tile(index, s - first) : own;
           Both<FetchToWrite, Fetch> fetch{kept.ahead(s, v), weight_ahead};
           while (kHasTiles && fetch.first.rows > 0) fetch.step();
-          rows.logits(packed.get() + (s - first) * strip_size<T>(E), strips.lanes(s), E, tile, fetch);
+          if (deep)
+            rows.add_bias(strips.lanes(s), tile);
+          else
+            rows.logits(packed.get() + (s - first) * strip_size<T>(E), strips.lanes(s), E, tile, fetch);
           weight_ahead = fetch.second;
           Lanes& statistics = lanes[s - first];
           if (!kept.is_short()) kept.store(s, v, rows.count, tile, nullptr);

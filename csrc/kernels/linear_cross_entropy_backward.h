@@ -13,6 +13,7 @@
 
 #include "kernels/linear_cross_entropy.h"
 #include "kernels/loss_gradient.h"
+#include "kernels/loss_stream.h"
 #include "kernels/team_tasks.h"
 #include "simd/pages.h"
 
@@ -82,7 +83,7 @@ class LinearBackward {
         E(args.hidden.size[1]),
         V(args.weight.size[0]),
         tokens(rows.count),
-        features(E),
+        features(E, !kHasTiles),
         kept(KeptLogits<T>::filled(args, tokens)),
         sizes(BackwardSizes<T>::of(rows.count, E, V)),
         thread_floats(copied_weight_floats(args, weight, sizes.tile_rows)),
@@ -97,7 +98,7 @@ class LinearBackward {
         gradient{gradient_rows.get(), gradient_others.get(), sizes.strips, sizes.classes},
         bias_sums(args.grad_bias.defined ? sizes.classes * sizes.strips : 0),
         slopes(sizes.strips),
-        hidden_sums(needs_hidden_sums() ? min_of(sizes.group, tokens.count) * kCols * E : 0),
+        hidden_sums(needs_hidden_sums() ? min_of(sizes.group, tokens.count) * kCols * sum_stride(E) : 0),
         weight_sums(args.grad_weight.defined && needs_weight_sums() ? sizes.classes * E : 0) {}
 
   void run() {
@@ -141,8 +142,7 @@ class LinearBackward {
       if (of_hidden && needs_hidden_sums()) {
 #pragma omp for schedule(static)
         for (int64_t n = tokens.begin(begin); n < min_of(tokens.size, tokens.begin(end)); ++n)
-          store_row(hidden_sums.get() + (n - tokens.begin(begin)) * E, E, row_of<T>(a.grad_hidden, counted.rows[n]),
-                    a.grad_hidden.stride[1]);
+          store_row(hidden_row(n, begin), E, row_of<T>(a.grad_hidden, counted.rows[n]), a.grad_hidden.stride[1]);
       }
     }
   }
@@ -236,7 +236,8 @@ class LinearBackward {
     const bool stays = needs_hidden_sums() && E % kLanes == 0;
     float* const to = stays ? hidden_row(n, group) + e : tile;
     tile_product(gradient.of_tokens(begin - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes, depth,
-                 weight_columns.get() + f * sizes.weight_column_floats(), kCols, to, stays ? E : kCols, stays && v > 0);
+                 weight_columns.get() + f * sizes.weight_column_floats(), kCols, to, stays ? sum_stride(E) : kCols,
+                 stays && v > 0);
     for (int64_t i = 0; !stays && i < count; ++i)
       add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
   }
@@ -262,13 +263,13 @@ class LinearBackward {
 
   // The fp32 sums of counted token n, in a group that starts with strip `group`.
   float* hidden_row(int64_t n, int64_t group) const {
-    return needs_hidden_sums() ? hidden_sums.get() + (n - tokens.begin(group)) * E
+    return needs_hidden_sums() ? hidden_sums.get() + (n - tokens.begin(group)) * sum_stride(E)
                                : row_of<float>(a.grad_hidden, counted.rows[n]);
   }
 
   // In bytes; between counted tokens that are not neighbours it is larger, and only memory is fetched in vain.
   int64_t hidden_stride() const {
-    return (needs_hidden_sums() ? E : a.grad_hidden.stride[0]) * static_cast<int64_t>(sizeof(float));
+    return (needs_hidden_sums() ? sum_stride(E) : a.grad_hidden.stride[0]) * static_cast<int64_t>(sizeof(float));
   }
 
   // Where no token counts.
@@ -294,12 +295,15 @@ class LinearBackward {
     }
     if (!a.grad_weight.defined) return;
     const int64_t tiles = ceil_div(rows, kTileRows), columns = ceil_div(features.count, kTaskStrips);
+    const bool is_final = part.is_last && (last == tokens.count || !needs_weight_sums());
+    const bool is_streamed = is_final && StreamedRows::serves(a.grad_weight);
     Piece pieces[kPieces];
     FetchPieces<1> others{pieces, kHasTiles ? 0 : others_memory(rows, last - first, pieces)};
     tasks.run(round, tiles * columns, [&](int64_t task) {
       const int64_t row = task / columns * kTileRows, count = min_of(kTileRows, rows - row);
-      const int64_t feature = task % columns * kTaskStrips;
-      for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f) {
+      const int64_t feature = task % columns * kTaskStrips, end = min_of(feature + kTaskStrips, features.count);
+      StreamedRows streamed;
+      for (int64_t f = feature; f < end; ++f) {
         alignas(64) float tile[kTileRows * kCols];
         Both<FetchToWrite, Both<FetchToWrite, FetchPieces<1>>> ahead{weight_rows_ahead(v, row, count, f, last),
                                                                      {halves_ahead(v, row, count, f), others}};
@@ -312,9 +316,13 @@ class LinearBackward {
           multiply_tokens(tokens, first, last, kPerStep, count, vectors, gradient.of_classes(row),
                           sizes.classes * kCols, columns, tile, ahead);
         others = ahead.second.second;
-        for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols);
+        for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols, !is_streamed);
+        if (is_streamed)
+          streamed.put(tile, count, features.used(f), f + 1 == end,
+                       row_of<T>(a.grad_weight, v + row) + features.begin(f), a.grad_weight.stride[0]);
       }
     });
+    if (is_streamed) StreamedRows::finish();
   }
 
   // What this thread's products for grad_hidden will read and others have written: gradients of logits, and packed rows
@@ -359,7 +367,9 @@ class LinearBackward {
     return {static_cast<uint16_t*>(a.grad_weight.data) + row * E + e, a.weight_sum_halves + row * E + e};
   }
 
-  void take_weight_row(int64_t v, int64_t row, int64_t f, int64_t first, int64_t last, float* from) const {
+  // Adds what is known of a row's strip and stores it, unless it is whole and to be stored elsewhere.
+  void take_weight_row(int64_t v, int64_t row, int64_t f, int64_t first, int64_t last, float* from,
+                       bool stores_whole) const {
     const int64_t e = features.begin(f), used = features.used(f);
     float* sums = weight_sums.get() + row * E + e;
     const bool has_sums = needs_weight_sums();
@@ -369,6 +379,7 @@ class LinearBackward {
       return add_row(from, used, !part.is_first || (first > 0 && !has_sums), row_of<float>(a.grad_weight, v + row) + e);
     if (!part.is_first) halves_of(v + row, e).add_to(from, used);
     if (!part.is_last) return halves_of(v + row, e).store(from, used);
+    if (!stores_whole) return;
     store_row(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1], a.grad_weight.stride[1]);
   }
 

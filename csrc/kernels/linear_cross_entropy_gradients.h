@@ -52,7 +52,8 @@ struct PartsOfTokens {
   }
   static int64_t scratch_bytes(const LinearCrossEntropyArgs& a, int64_t tokens) {
     const int64_t E = a.hidden.size[1];
-    const int64_t packed = 4 * forward_strips<T>(E, Strips(tokens).count) * strip_size<T>(E);
+    const int64_t strips = forward_strips<T>(E, Strips(tokens).count);
+    const int64_t packed = 4 * strips * strip_size<T>(E) + DeepLogits<T>::bytes(E, strips);
     return max_of(BackwardSizes<T>::of(tokens, E, a.weight.size[0]).bytes(tokens, E, a.keeps_in_gradient),
                   packed + (4 << 20));
   }

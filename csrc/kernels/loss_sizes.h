@@ -11,8 +11,9 @@ namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 constexpr int64_t kMaxForwardStrips = 22;
 constexpr int64_t kPackBytes = 4 << 20;
 
-// Rows of the weight per tile are fewer than kTileRows where they would pass half a second-level cache.
-constexpr int64_t kWeightBytes = 512 << 10;
+// Rows of the weight per tile are fewer than kTileRows where they would pass half a second-level cache (or, as those of
+// many features are not read whole, loss_deep.h, one of 2 MiB).
+constexpr int64_t kWeightBytes = (kHasTiles ? 2048 : 512) << 10;
 
 // All the threads' private scratch; where the depth makes it larger, fewer threads work.
 constexpr int64_t kThreadBytes = 8 << 20;
@@ -33,15 +34,20 @@ constexpr int64_t kMaxBackwardStrips = 44;
 constexpr int64_t kGradientBytes = 4 << 20;
 constexpr int64_t kHiddenSumBytes = 32 << 20;
 
+// Of a chunk's tokens packed one way; both ways beyond kPackBytes are at the expense of kHiddenSumBytes. More for
+// tiles, to which sums of grad_weight over several chunks are dear: N 1,024, V 32,000, E 4,096 takes 456 ms in one, 601
+// in three (docs/tuning.md).
+constexpr int64_t kBackwardPackBytes = kHasTiles ? 10 << 20 : kPackBytes;
+
 template <class T>
-static int64_t fitting_strips(int64_t E, int64_t most, int64_t strips) {
-  const int64_t fitting = max_of(1, min_of(most, kPackBytes / (4 * max_of(strip_size<T>(E), 1))));
+static int64_t fitting_strips(int64_t E, int64_t most, int64_t bytes, int64_t strips) {
+  const int64_t fitting = max_of(1, min_of(most, bytes / (4 * max_of(strip_size<T>(E), 1))));
   return max_of(1, ceil_div(strips, max_of(1, ceil_div(strips, fitting))));  // chunks of about the same size
 }
 
 template <class T>
 static int64_t forward_strips(int64_t E, int64_t strips) {
-  return fitting_strips<T>(E, kMaxForwardStrips, strips);
+  return fitting_strips<T>(E, kMaxForwardStrips, kPackBytes, strips);
 }
 
 template <class T>
@@ -131,6 +137,10 @@ struct WeightTile {
   template <class Work>
   void logits(const float* strip, int64_t lanes, int64_t E, float* tile, Work& work) const {
     multiply_strip(rows, count, lanes / kLanes, strip, Operands<T>::depth(E), tile, kCols, work);
+    add_bias(lanes, tile);
+  }
+
+  void add_bias(int64_t lanes, float* tile) const {
     for (int64_t r = 0; args.bias.defined && r < count; ++r)
       for (int64_t lane = 0; lane < lanes; lane += kLanes)
         store_vec(tile + r * kCols + lane, load_vec(tile + r * kCols + lane) + bias[r]);
@@ -140,6 +150,9 @@ struct WeightTile {
 // How far rows of bf16 that tiles take are apart: whole cache lines, an odd number of them, or many rows would fall
 // into the same few lines of a first-level cache.
 static inline int64_t tile_stride(int64_t count) { return (ceil_div(count, 32) | 1) * 32; }
+
+// Of the fp32 sums of hidden's gradients, rows apart, likewise.
+static inline int64_t sum_stride(int64_t E) { return (ceil_div(E, kLanes) | 1) * kLanes; }
 
 // What a gradient tile needs of its tokens, lane by lane.
 struct TokenSlopes {
@@ -179,12 +192,13 @@ struct BackwardSizes {
     const int64_t all = Strips(tokens).count;
     BackwardSizes s;
     s.tile_rows = weight_rows<T>(E);
-    s.strips = fitting_strips<T>(E, kMaxBackwardStrips, all);
+    s.strips = fitting_strips<T>(E, kMaxBackwardStrips, kBackwardPackBytes, all);
     const int64_t fitting =
         min_of(kGradientBytes / (4 * kCols * s.strips), kPackBytes / (kElementBytes * max_of(E, 1)));
     const int64_t tiles = max_of(1, min_of(kMaxClasses, fitting) / s.tile_rows);
     s.classes = s.tile_rows * min_of(tiles, ceil_div(V, s.tile_rows));
-    s.group = max_of(1, kHiddenSumBytes / (4 * kCols * max_of(E, 1)) / s.strips) * s.strips;
+    const int64_t beyond = max_of(0, 4 * s.strips * strip_size<T>(E) - kPackBytes);
+    s.group = max_of(1, (kHiddenSumBytes - 2 * beyond) / (4 * kCols * sum_stride(E)) / s.strips) * s.strips;
     return s;
   }
   // Scratch of a call that computes all gradients, without what threads have for themselves.
@@ -193,7 +207,8 @@ struct BackwardSizes {
     const bool sums_hidden = sizeof(T) != sizeof(float),
                sums_weight = strips < all && (sums_hidden || keeps_in_gradient);
     const int64_t floats = strips * strip_size<T>(E) + (token_column_floats() + weight_column_floats()) * columns +
-                           gradient_floats() + classes * strips + (sums_hidden ? min_of(group, all) * kCols * E : 0) +
+                           gradient_floats() + classes * strips +
+                           (sums_hidden ? min_of(group, all) * kCols * sum_stride(E) : 0) +
                            (sums_weight ? classes * E : 0);
     return 4 * floats + strips * int64_t{sizeof(TokenSlopes)};
   }

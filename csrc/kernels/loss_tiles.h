@@ -23,13 +23,17 @@ constexpr int64_t kDepth = 192;
 constexpr int64_t kTaskStrips = kHasTiles ? 4 : 2;
 
 // `size` lanes as strips whose widths differ by no more than a vector: 4 vectors are 2 + 2, not 3 + 1, for a product
-// of one vector's width waits for its loads.
+// of one vector's width waits for its loads. Or as strips that are all of the full width but the last.
 struct Strips {
   int64_t size, vectors, count;
+  bool is_even;
 
-  explicit Strips(int64_t lanes)
-      : size(lanes), vectors(ceil_div(lanes, kLanes)), count(ceil_div(vectors, kProductVectors)) {}
-  int64_t begin(int64_t s) const { return count == 0 ? 0 : vectors * s / count * kLanes; }
+  explicit Strips(int64_t lanes, bool even = true)
+      : size(lanes), vectors(ceil_div(lanes, kLanes)), count(ceil_div(vectors, kProductVectors)), is_even(even) {}
+  int64_t begin(int64_t s) const {
+    if (count == 0) return 0;
+    return (is_even ? vectors * s / count : min_of(vectors, s * kProductVectors)) * kLanes;
+  }
   int64_t lanes(int64_t s) const { return begin(s + 1) - begin(s); }
   int64_t used(int64_t s) const { return min_of(lanes(s), size - begin(s)); }
 };

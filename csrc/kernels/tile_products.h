@@ -109,14 +109,17 @@ ALWAYS_INLINE static void tile_columns(const bfloat16* a, int64_t a_stride, int6
   }
 }
 
-// c (rows, vectors * kLanes) = or += a (rows, pairs) b, for up to three vectors. The thread's tiles are configured
-// (Tiles). Nothing is read behind the last pair, of which a zero would not make up for a NaN there. Nothing is
-// prefetched on the way: loads of tiles wait for the ports that it takes (docs/tuning.md).
+// A product's depth is taken in so many parts, of kTileDepth steps or fewer.
+static inline int64_t tile_parts(int64_t pairs) { return max_of(1, ceil_div(ceil_div(pairs, kTilePairs), kTileDepth)); }
+
+// c (rows, vectors * kLanes) = or += parts [first, last) of a (rows, pairs) b, for up to three vectors. The thread's
+// tiles are configured (Tiles). Nothing is read behind the last pair, of which a zero would not make up for a NaN
+// there. Nothing is prefetched on the way: loads of tiles wait for the ports that it takes (docs/tuning.md).
 __attribute__((noinline)) static void tile_product(BroadcastPairs<Along::kDepth> a, int64_t rows, int64_t vectors,
                                                    int64_t pairs, const float* b, int64_t b_stride, float* c,
-                                                   int64_t c_stride, bool adds = false) {
-  const int64_t steps = ceil_div(pairs, kTilePairs), parts = max_of(1, ceil_div(steps, kTileDepth));
-  for (int64_t part = 0; part < parts; ++part, adds = true) {
+                                                   int64_t c_stride, bool adds, int64_t first, int64_t last) {
+  const int64_t steps = ceil_div(pairs, kTilePairs), parts = tile_parts(pairs);
+  for (int64_t part = first; part < last; ++part, adds = true) {
     const int64_t begin = steps * part / parts * kTilePairs;
     const int64_t end = min_of(pairs, steps * (part + 1) / parts * kTilePairs);
     const bfloat16* left = a.data + 2 * begin;
@@ -128,6 +131,12 @@ __attribute__((noinline)) static void tile_product(BroadcastPairs<Along::kDepth>
     else
       tile_columns<1>(left, a.stride, rows, end - begin, right, b_stride, c, c_stride, adds);
   }
+}
+
+// The same of all parts.
+static inline void tile_product(BroadcastPairs<Along::kDepth> a, int64_t rows, int64_t vectors, int64_t pairs,
+                                const float* b, int64_t b_stride, float* c, int64_t c_stride, bool adds = false) {
+  tile_product(a, rows, vectors, pairs, b, b_stride, c, c_stride, adds, 0, tile_parts(pairs));
 }
 
 // `product` of tile.h in tiles. The other work is left to the caller, see above: all of it, or a sum would be taken in
