@@ -130,7 +130,7 @@ def test_16_bits(case, room, isa, calls, poisoned, monkeypatch):
 
 @pytest.mark.parametrize("room", [52_000_000, 60 << 20], ids=["two-parts", "one-part"])
 def test_large_rows(room, calls, poisoned, monkeypatch):
-    """Rows of grad_weight of over 16 MiB, which tiles' results pass the caches for (loss_stream.h), in its last part."""
+    """Rows of grad_weight of over 16 MiB, which go past the caches where there are tiles, in the last part."""
     monkeypatch.setattr(op, "EXTRA_BYTES", room)
     check(Case("", 2600, 8000, 1056, BF16, ignored=0.0, reduction="mean"))
     assert calls
@@ -317,7 +317,9 @@ print(most - gradients)
 
 
 @memory_is_measured
-@pytest.mark.parametrize("N, V, E", [(1800, 40_000, 200), (700, 120_000, 256), (700, 50_000, 900), (3000, 12_000, 4096)])
+@pytest.mark.parametrize(
+    "N, V, E", [(1800, 40_000, 200), (700, 120_000, 256), (700, 50_000, 900), (3000, 12_000, 4096)]
+)
 def test_extra_memory_is_bounded(N, V, E):
     """As the process sees it: with halves of sums, with logits computed twice, with all logits in the gradient."""
     (extra,) = measured_memory(MEMORY, "bfloat16", N, V, E)
