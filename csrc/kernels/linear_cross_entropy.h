@@ -21,6 +21,16 @@
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
 
+// What is fetched beside the products of a tile of the weight with so many strips: the next tile before `end`.
+template <class T>
+static auto next_weight(const WeightTile<T>& rows, int64_t tile_rows, int64_t end, int64_t strips) {
+  const Fetch next = rows.fetch_next(tile_rows, end);
+  if constexpr (kHasTiles)
+    return FetchLines(next, strips * tile_steps(rows.count, Operands<T>::depth(rows.args.weight.size[1])));
+  else
+    return next;
+}
+
 template <class T>
 static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
   const int64_t N = a.hidden.size[0], E = a.hidden.size[1], V = a.weight.size[0];
@@ -65,13 +75,14 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
       const int64_t end = min_of(V, (range + 1) * range_rows);
       for (int64_t v = range * range_rows; v < end; v += tile_rows) {
         rows.load(classes, v, min_of(tile_rows, end - v));
-        Fetch weight_ahead = rows.fetch_next(tile_rows);
+        // Of other ranges' tiles the first may be another thread's: not beside products of AMX's tiles.
+        auto weight_ahead = next_weight(rows, tile_rows, kHasTiles ? end : V, last - first);
         const int64_t index = (v - range * range_rows) / tile_rows;
         deep.multiply(index, v, end, tile_rows, packed.get(), strips, first, last);
         for (int64_t s = first; s < last; ++s) {
           alignas(64) float own[kTileRows * kCols];
           float* const tile = deep ? deep.tile(index, s - first) : own;
-          Both<FetchToWrite, Fetch> fetch{kept.ahead(s, v), weight_ahead};
+          Both<FetchToWrite, decltype(weight_ahead)> fetch{kept.ahead(s, v), weight_ahead};
           while (kHasTiles && fetch.first.rows > 0) fetch.step();
           if (deep)
             rows.add_bias(strips.lanes(s), tile);

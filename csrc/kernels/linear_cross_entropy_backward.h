@@ -4,7 +4,9 @@
 // For a block of classes and a chunk of the counted tokens: the gradient G of their logits, at most 4 MiB, then
 // grad_weight += G H and grad_hidden += G^T W. A thread makes the rows of G whose grad_weight it computes, and adds up
 // the same features of grad_hidden in every block (team_tasks.h); what others have written of G and W is fetched during
-// the product with H, and what the next block starts with during the one with W. The outer loop is the vocabulary's.
+// the product with H, and what the next block starts with during the one with W. Products of tiles wait for memory
+// themselves: beside the one with H, which then comes last, the next rows of W are fetched. The outer loop is the
+// vocabulary's.
 // Tokens that are a single chunk give grad_weight whole, a tile of it at a time in first-level cache; else fp32 sums of
 // it are kept for a block of classes. Those of hidden's are kept for all tokens, or, where a 16-bit gradient of many
 // tokens would need more than kHiddenSumBytes of fp32 sums, for groups of tokens, with another pass over everything for
@@ -134,8 +136,11 @@ class LinearBackward {
           const int64_t last = min_of(end, first + sizes.strips);
           gradient_by_team(v, rows, first, last, round);
 #pragma omp barrier
-          if (of_rows) take_rows_by_team(v, rows, first, last, round);
-          if (of_hidden) take_hidden_by_team(v, rows, first, last, begin, last < end ? v : v + rows, round);
+          const int64_t next_v = last < end ? v : v + rows;
+          if (of_rows && !kHasTiles) take_rows_by_team(v, rows, first, last, V, round);
+          if (of_hidden) take_hidden_by_team(v, rows, first, last, begin, next_v, round);
+          if (of_rows && kHasTiles)
+            take_rows_by_team(v, rows, first, last, of_hidden && next_v > v ? next_v : V, round);
 #pragma omp barrier  // or a thread that is ahead would overwrite what another still multiplies
         }
       }
@@ -282,8 +287,18 @@ class LinearBackward {
     }
   }
 
+  // This thread's share of the weight's rows in the block of classes from v on, as far as they are one piece of memory.
+  Fetch weight_of_block(int64_t v) const {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), rows = min_of(sizes.classes, V - v);
+    if (rows <= 0 || weight.col_stride != 1 || weight.row_stride != E) return {};
+    const int64_t begin = rows * me / threads, end = rows * (me + 1) / threads;
+    return {reinterpret_cast<const char*>(weight.row(v + begin)), 128, (end - begin) * E * int64_t{sizeof(T)} / 128};
+  }
+
   // The gradients of weight and bias, or their sums so far, for a block of classes from the strips [first, last).
-  void take_rows_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, TeamTasks::Round& round) {
+  // Tiles: rows of the weight from class `next_v` on are packed next.
+  void take_rows_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, int64_t next_v,
+                         TeamTasks::Round& round) {
     if (a.grad_bias.defined) {
 #pragma omp for schedule(static)
       for (int64_t r = 0; r < rows; ++r) {
@@ -299,6 +314,9 @@ class LinearBackward {
     const bool is_streamed = is_final && StreamedRows::serves(a.grad_weight);
     Piece pieces[kPieces];
     FetchPieces<1> others{pieces, kHasTiles ? 0 : others_memory(rows, last - first, pieces)};
+    const int64_t depth = (tokens.begin(last) - tokens.begin(first)) / kPerStep;
+    [[maybe_unused]] FetchLines next(weight_of_block(next_v),
+                                     features.count * tile_steps(rows, depth) / omp_get_num_threads());
     tasks.run(round, tiles * columns, [&](int64_t task) {
       const int64_t row = task / columns * kTileRows, count = min_of(kTileRows, rows - row);
       const int64_t feature = task % columns * kTaskStrips, end = min_of(feature + kTaskStrips, features.count);
@@ -309,12 +327,12 @@ class LinearBackward {
                                                                      {halves_ahead(v, row, count, f), others}};
         const float* columns = token_columns.get() + f * sizes.token_column_floats();
         const int64_t vectors = features.lanes(f) / kLanes;
-        if constexpr (kHasTiles)
-          multiply_strip(gradient.of_classes(row), count, vectors, columns,
-                         (tokens.begin(last) - tokens.begin(first)) / kPerStep, tile, kCols, ahead);
-        else
+        if constexpr (kHasTiles) {
+          multiply_strip(gradient.of_classes(row), count, vectors, columns, depth, tile, kCols, next);
+        } else {
           multiply_tokens(tokens, first, last, kPerStep, count, vectors, gradient.of_classes(row),
                           sizes.classes * kCols, columns, tile, ahead);
+        }
         others = ahead.second.second;
         for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols, !is_streamed);
         if (is_streamed)

@@ -34,12 +34,13 @@ class DeepLogits {
 #ifdef __AMX_BF16__
     if constexpr (Operands<T>::kPairs) {
       const int64_t pairs = Operands<T>::depth(E), parts = tile_parts(pairs);
+      NoWork nothing;
       for (int64_t part = 0; part < parts; part += kParts)
         for (int64_t t = 0, row = v; t < kTiles && row < end; ++t, row += tile_rows)
           for (int64_t s = first; s < last; ++s)
             tile_product({weight.row(row), weight.row_stride}, min_of(tile_rows, end - row), tokens.lanes(s) / kLanes,
                          pairs, packed + (s - first) * strip_size<T>(E), kCols, tile(t, s - first), kCols, part > 0,
-                         part, min_of(part + kParts, parts));
+                         part, min_of(part + kParts, parts), nothing);
     }
 #endif
   }

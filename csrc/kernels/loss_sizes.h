@@ -126,9 +126,9 @@ struct WeightTile {
     class_weight_sum = classes.smoothing > 0.0f ? classes.copy(first, count, class_weight) : 0.0;
   }
 
-  // The rows of the next tile, as far as they are one piece of memory.
-  Fetch fetch_next(int64_t tile_rows) const {
-    const int64_t E = args.weight.size[1], next = first + count, n = min_of(tile_rows, args.weight.size[0] - next);
+  // The rows of the next tile, of those before `end`, as far as they are one piece of memory.
+  Fetch fetch_next(int64_t tile_rows, int64_t end) const {
+    const int64_t E = args.weight.size[1], next = first + count, n = min_of(tile_rows, end - next);
     if (n <= 0 || !is_read_in_place(args, weight) || weight.row_stride != E) return {};
     return {reinterpret_cast<const char*>(weight.row(next)), 128, ceil_div(n * E * sizeof(T), 128)};
   }

@@ -170,6 +170,21 @@ struct Fetch {
   }
 };
 
+// The same beside products of tiles, whose steps are fewer: so many lines with each, that the last is fetched with the
+// last. Faster, loads of tiles wait for the line buffers.
+struct FetchLines {
+  const char* next = nullptr;
+  int64_t lines = 0, per_step = 0;
+
+  FetchLines(const Fetch& rows, int64_t steps)
+      : next(rows.next), lines(rows.rows * rows.stride / 64), per_step(ceil_div(lines, max_of(steps, 1))) {}
+  ALWAYS_INLINE void step() {
+    if (lines <= 0) return;
+    lines -= per_step;
+    for (int64_t i = 0; i < per_step; ++i, next += 64) __builtin_prefetch(next, 0, 2);
+  }
+};
+
 struct Piece {
   const char *next, *end;
 };
@@ -230,10 +245,10 @@ __attribute__((noinline)) static void product_strip(int64_t rows, int64_t vector
 // tile (rows, vectors * kLanes) = left (rows, depth) strip, a stretch of the depth at a time.
 template <class Operand, class Work>
 static void multiply_strip(Operand left, int64_t rows, int64_t vectors, const float* strip, int64_t depth, float* tile,
-                           int64_t tile_stride, [[maybe_unused]] Work& work) {
+                           int64_t tile_stride, Work& work) {
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<Operand, BroadcastPairs<Along::kDepth>>)
-    return tile_product(left, rows, vectors, depth, strip, kCols, tile, tile_stride);
+    return tile_product(left, rows, vectors, depth, strip, kCols, tile, tile_stride, false, 0, tile_parts(depth), work);
 #endif
   const int64_t parts = max_of(1, ceil_div(depth, kDepth));
   for (int64_t part = 0, d = 0; part < parts; ++part) {

@@ -13,6 +13,11 @@ namespace gpt4v_fast::GPT4V_FAST_ISA {
 constexpr int64_t kTilePairs = kTileSide;
 constexpr int64_t kTileTerms = 2 * kTilePairs;
 
+// How often a product of so many rows and pairs does a step of other work, about.
+static inline int64_t tile_steps(int64_t rows, int64_t pairs) {
+  return ceil_div(rows, 2 * kTileSide) * ceil_div(pairs, kTilePairs);
+}
+
 #ifdef __AMX_BF16__
 
 // Depth steps of kTilePairs that are taken in one go: a strip of so many is 18 KiB, and stays in first-level cache
@@ -64,17 +69,20 @@ ALWAYS_INLINE static void for_sums(float* c, int64_t c_stride, F f) {
 
 // c (rows, kVectors * kLanes) = or, if `adds`, += a (rows, pairs) b (pairs, ...), rows being 16 kBlocks or, for one
 // block, what the tiles are configured for. `rest` holds b's rows of a last step that is not whole, and zeros.
-template <int kBlocks, int kVectors>
+template <int kBlocks, int kVectors, class Work>
 ALWAYS_INLINE static void tile_block(const bfloat16* a, int64_t a_stride, int64_t rows, int64_t pairs, const float* b,
-                                     int64_t b_stride, const float* rest, float* c, int64_t c_stride, bool adds) {
+                                     int64_t b_stride, const float* rest, float* c, int64_t c_stride, bool adds,
+                                     Work& work) {
   const int64_t c_bytes = 4 * c_stride, a_bytes = 2 * a_stride, b_bytes = 4 * b_stride;
   if (adds)
     for_sums<kBlocks, kVectors>(c, c_stride,
                                 [&](auto tile, float* at) ALWAYS_INLINE_LAMBDA { load_tile<tile>(at, c_bytes); });
   else
     for_sums<kBlocks, kVectors>(c, c_stride, [&](auto tile, float*) ALWAYS_INLINE_LAMBDA { clear_tile<tile>(); });
-  for (; pairs >= kTilePairs; pairs -= kTilePairs, a += kTileTerms, b += kTilePairs * b_stride)
+  for (; pairs >= kTilePairs; pairs -= kTilePairs, a += kTileTerms, b += kTilePairs * b_stride) {
     tile_step<kBlocks, kVectors>(a, a_bytes, b, b_bytes);
+    work.step();
+  }
   if (pairs > 0) {
     alignas(64) bfloat16 left[kBlocks * kTileSide * kTileTerms];
     const __mmask16 used = static_cast<__mmask16>((1u << pairs) - 1u);
@@ -87,9 +95,9 @@ ALWAYS_INLINE static void tile_block(const bfloat16* a, int64_t a_stride, int64_
 }
 
 // All rows: blocks of 32, of 16, and what is left in tiles of fewer rows.
-template <int kVectors>
+template <int kVectors, class Work>
 ALWAYS_INLINE static void tile_columns(const bfloat16* a, int64_t a_stride, int64_t rows, int64_t pairs, const float* b,
-                                       int64_t b_stride, float* c, int64_t c_stride, bool adds) {
+                                       int64_t b_stride, float* c, int64_t c_stride, bool adds, Work& work) {
   alignas(64) float rest[kTilePairs * kVectors * kLanes];
   for (int64_t i = 0, whole = pairs / kTilePairs * kTilePairs; whole < pairs && i < kTilePairs; ++i)
     for (int v = 0; v < kVectors; ++v)
@@ -98,12 +106,12 @@ ALWAYS_INLINE static void tile_columns(const bfloat16* a, int64_t a_stride, int6
   int64_t r = 0;
   for (; r + 2 * kTileSide <= rows; r += 2 * kTileSide)
     tile_block<2, kVectors>(a + r * a_stride, a_stride, 2 * kTileSide, pairs, b, b_stride, rest, c + r * c_stride,
-                            c_stride, adds);
+                            c_stride, adds, work);
   while (r < rows) {
     const int64_t count = min_of(kTileSide, rows - r);
     if (count < kTileSide) configure_tiles(static_cast<int>(count));
     tile_block<1, kVectors>(a + r * a_stride, a_stride, count, pairs, b, b_stride, rest, c + r * c_stride, c_stride,
-                            adds);
+                            adds, work);
     if (count < kTileSide) configure_tiles(kTileSide);
     r += count;
   }
@@ -114,10 +122,14 @@ static inline int64_t tile_parts(int64_t pairs) { return max_of(1, ceil_div(ceil
 
 // c (rows, vectors * kLanes) = or += parts [first, last) of a (rows, pairs) b, for up to three vectors. The thread's
 // tiles are configured (Tiles). Nothing is read behind the last pair, of which a zero would not make up for a NaN
-// there. Nothing is prefetched on the way: loads of tiles wait for the ports that it takes (docs/tuning.md).
+// there. `work` is done beside it, a step with every whole step of the depth: little of it, as loads of tiles wait for
+// the line buffers that its fetches take (docs/tuning.md).
+template <class Work>
 __attribute__((noinline)) static void tile_product(BroadcastPairs<Along::kDepth> a, int64_t rows, int64_t vectors,
                                                    int64_t pairs, const float* b, int64_t b_stride, float* c,
-                                                   int64_t c_stride, bool adds, int64_t first, int64_t last) {
+                                                   int64_t c_stride, bool adds, int64_t first, int64_t last,
+                                                   Work& caller_work) {
+  Work work = caller_work;  // its own, and so in registers
   const int64_t steps = ceil_div(pairs, kTilePairs), parts = tile_parts(pairs);
   for (int64_t part = first; part < last; ++part, adds = true) {
     const int64_t begin = steps * part / parts * kTilePairs;
@@ -125,18 +137,20 @@ __attribute__((noinline)) static void tile_product(BroadcastPairs<Along::kDepth>
     const bfloat16* left = a.data + 2 * begin;
     const float* right = b + begin * b_stride;
     if (vectors == 3)
-      tile_columns<3>(left, a.stride, rows, end - begin, right, b_stride, c, c_stride, adds);
+      tile_columns<3>(left, a.stride, rows, end - begin, right, b_stride, c, c_stride, adds, work);
     else if (vectors == 2)
-      tile_columns<2>(left, a.stride, rows, end - begin, right, b_stride, c, c_stride, adds);
+      tile_columns<2>(left, a.stride, rows, end - begin, right, b_stride, c, c_stride, adds, work);
     else
-      tile_columns<1>(left, a.stride, rows, end - begin, right, b_stride, c, c_stride, adds);
+      tile_columns<1>(left, a.stride, rows, end - begin, right, b_stride, c, c_stride, adds, work);
   }
+  caller_work = work;
 }
 
-// The same of all parts.
+// The same of all parts, and without other work.
 static inline void tile_product(BroadcastPairs<Along::kDepth> a, int64_t rows, int64_t vectors, int64_t pairs,
                                 const float* b, int64_t b_stride, float* c, int64_t c_stride, bool adds = false) {
-  tile_product(a, rows, vectors, pairs, b, b_stride, c, c_stride, adds, 0, tile_parts(pairs));
+  NoWork nothing;
+  tile_product(a, rows, vectors, pairs, b, b_stride, c, c_stride, adds, 0, tile_parts(pairs), nothing);
 }
 
 // `product` of tile.h in tiles. The other work is left to the caller, see above: all of it, or a sum would be taken in
