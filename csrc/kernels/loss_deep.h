@@ -31,8 +31,7 @@ class DeepLogits {
   void multiply(int64_t index, int64_t v, int64_t end, int64_t tile_rows, const float* packed, const Strips& tokens,
                 int64_t first, int64_t last) const {
     if (!is_used || index % kTiles != 0) return;
-#ifdef __AMX_BF16__
-    if constexpr (Operands<T>::kPairs) {
+    if constexpr (kHasTiles && Operands<T>::kPairs) {
       const int64_t pairs = Operands<T>::depth(E), parts = tile_parts(pairs);
       NoWork nothing;
       for (int64_t part = 0; part < parts; part += kParts)
@@ -42,7 +41,6 @@ class DeepLogits {
                          pairs, packed + (s - first) * strip_size<T>(E), kCols, tile(t, s - first), kCols, part > 0,
                          part, min_of(part + kParts, parts), nothing);
     }
-#endif
   }
 
   // The products of the tile with this index and the strip: [row][kCols].

@@ -151,8 +151,8 @@ struct WeightTile {
 // into the same few lines of a first-level cache.
 static inline int64_t tile_stride(int64_t count) { return (ceil_div(count, 32) | 1) * 32; }
 
-// Of the fp32 sums of hidden's gradients, rows apart, likewise.
-static inline int64_t sum_stride(int64_t E) { return (ceil_div(E, kLanes) | 1) * kLanes; }
+// Of the fp32 sums of hidden's gradients, rows apart; beside products of tiles likewise (those of vectors are as fast).
+static inline int64_t sum_stride(int64_t E) { return kHasTiles ? (ceil_div(E, kLanes) | 1) * kLanes : E; }
 
 // What a gradient tile needs of its tokens, lane by lane.
 struct TokenSlopes {

@@ -13,16 +13,19 @@ namespace gpt4v_fast::GPT4V_FAST_ISA {
 constexpr int64_t kTilePairs = kTileSide;
 constexpr int64_t kTileTerms = 2 * kTilePairs;
 
+// Depth steps of kTilePairs that are taken in one go: a strip of so many is 18 KiB, and stays in first-level cache
+// while the blocks of rows pass by. With both operands from second-level cache a product takes 34 cycles, with one 22.
+constexpr int64_t kTileDepth = 6;
+
+// A product's depth is taken in so many parts, of kTileDepth steps or fewer.
+static inline int64_t tile_parts(int64_t pairs) { return max_of(1, ceil_div(ceil_div(pairs, kTilePairs), kTileDepth)); }
+
 // How often a product of so many rows and pairs does a step of other work, about.
 static inline int64_t tile_steps(int64_t rows, int64_t pairs) {
   return ceil_div(rows, 2 * kTileSide) * ceil_div(pairs, kTilePairs);
 }
 
 #ifdef __AMX_BF16__
-
-// Depth steps of kTilePairs that are taken in one go: a strip of so many is 18 KiB, and stays in first-level cache
-// while the blocks of rows pass by. With both operands from second-level cache a product takes 34 cycles, with one 22.
-constexpr int64_t kTileDepth = 6;
 
 // Sums: vectors' tiles of the first 16 rows are 0 to 2, those of the next 3 to 5. 6 is left, 7 right.
 template <int kBlocks, int kVectors>
@@ -116,9 +119,6 @@ ALWAYS_INLINE static void tile_columns(const bfloat16* a, int64_t a_stride, int6
     r += count;
   }
 }
-
-// A product's depth is taken in so many parts, of kTileDepth steps or fewer.
-static inline int64_t tile_parts(int64_t pairs) { return max_of(1, ceil_div(ceil_div(pairs, kTilePairs), kTileDepth)); }
 
 // c (rows, vectors * kLanes) = or += parts [first, last) of a (rows, pairs) b, for up to three vectors. The thread's
 // tiles are configured (Tiles). Nothing is read behind the last pair, of which a zero would not make up for a NaN
