@@ -100,8 +100,12 @@ def test_what_is_plain_by_dispatch_keys():
     """How tensors on a GPU are told, here with those of a CPU."""
     x = torch.ones(2)
 
+    library.plain_tensor.cache_clear()
+    with torch.inference_mode():
+        library.plain_tensor("cpu")
+
     def kind(*args: Any) -> int:
-        return library.plain_arguments_like(torch.empty(0), args)
+        return library.plain_arguments_like(library.plain_tensor("cpu"), args)
 
     assert kind(x, None, 1, 2.0, True, "name") == library._PLAIN
     assert kind(x[::2], torch.nn.Parameter(x), x.double()) == library._PLAIN_WITH_GRADIENT
@@ -130,7 +134,7 @@ def test_plain_tensors_on_a_gpu_skip_the_dispatcher(monkeypatch):
     fit = _C.do_attention_tensors_fit
     not_plain = types.SimpleNamespace(plain_arguments=lambda args: library._NOT_PLAIN, do_attention_tensors_fit=fit)
     monkeypatch.setattr(library, "_C", not_plain)
-    monkeypatch.setattr(library, "_gpu_tensor", lambda: torch.empty(0))
+    monkeypatch.setattr(library, "plain_tensor", lambda device: torch.empty(0))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.autograd, "_profiler_enabled", lambda: False)  # or calls would be for it to see
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

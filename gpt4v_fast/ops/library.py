@@ -90,7 +90,7 @@ def _plain_first(
             return watched(*args)
         kind = _C.plain_arguments(args)
         if kind == _NOT_PLAIN and torch.cuda.is_initialized():
-            kind = plain_arguments_like(_gpu_tensor(), args)
+            kind = plain_arguments_like(plain_tensor("cuda"), args)
         if kind == _PLAIN or (kind == _PLAIN_WITH_GRADIENT and not torch.is_grad_enabled()):
             return implementation(*args)
         if kind == _PLAIN_WITH_GRADIENT and apply is not None:
@@ -101,8 +101,9 @@ def _plain_first(
 
 
 @functools.cache
-def _gpu_tensor() -> torch.Tensor:
-    return torch.empty(0, device="cuda")
+def plain_tensor(device: str) -> torch.Tensor:
+    with torch.inference_mode(False):  # in which the first call may be made
+        return torch.empty(0, device=device)
 
 
 def plain_arguments_like(tensor: torch.Tensor, args: Sequence[Any]) -> int:
