@@ -38,11 +38,12 @@ struct LargePages {
 
 // What getting pages has come to.
 struct GotPages {
-  int64_t count = 0;
-  double time = 0;  // s of all threads
+  int64_t count = 0;  // of kLargePage bytes
+  double time = 0;    // s of all threads
 };
 
-// Gets 2 MiB each of the pages [first, first + count) of this size, large or small as the system sees fit.
+// Gets the pages of memory that begins at first * kLargePage, `count` times so many bytes, large or small as the system
+// sees fit. Without effect on those that are there already, and on a system that does not know how.
 static inline GotPages get_pages(int64_t first, int64_t count, int threads) {
   GotPages result;
 #ifdef __linux__
