@@ -152,7 +152,7 @@ struct WeightTile {
 static inline int64_t tile_stride(int64_t count) { return (ceil_div(count, 32) | 1) * 32; }
 
 // Of the fp32 sums of hidden's gradients, rows apart; beside products of tiles likewise (those of vectors are as fast).
-static inline int64_t sum_stride(int64_t E) { return kHasTiles ? (ceil_div(E, kLanes) | 1) * kLanes : E; }
+static inline int64_t sum_stride(int64_t E) { return kHasTiles ? (ceil_div(E, kLanes) | 1) * kLanes : max_of(E, 1); }
 
 // What a gradient tile needs of its tokens, lane by lane.
 struct TokenSlopes {
