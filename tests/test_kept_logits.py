@@ -24,7 +24,7 @@ from loss_cases import poisoned as poisoned  # a fixture
 from test_linear_cross_entropy import check
 
 import gpt4v_fast as gf
-from gpt4v_fast.ops import linear_cross_entropy as op
+from gpt4v_fast.ops import linear_cross_entropy_backends as op
 from gpt4v_fast.ops.linear_cross_entropy import prepare
 
 OPS = torch.ops.gpt4v_fast

@@ -210,7 +210,7 @@ class LinearBackward {
     const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
     const int64_t depth = Operands<T>::depth(rows);
     Piece pieces[kPieces];
-    // Nothing is fetched beside products of tiles (tile_products.h).
+    // Nothing is fetched beside these products of tiles, which wait for memory most (docs/tuning.md).
     FetchPieces<4> next{pieces, kHasTiles ? 0 : next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
     tasks.run(round, groups * columns, [&](int64_t task) {
       const int64_t begin = first + task % groups * kTaskStrips, feature = task / groups * kTaskStrips;
@@ -247,6 +247,14 @@ class LinearBackward {
       add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
   }
 
+  // This thread's share of the weight's rows in the block of classes from v on, as far as they are one piece of memory.
+  Fetch weight_of_block(int64_t v) const {
+    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), rows = min_of(sizes.classes, V - v);
+    if (rows <= 0 || weight.col_stride != 1 || weight.row_stride != E) return {};
+    const int64_t begin = rows * me / threads, end = rows * (me + 1) / threads;
+    return {reinterpret_cast<const char*>(weight.row(v + begin)), 128, (end - begin) * E * int64_t{sizeof(T)} / 128};
+  }
+
   // What this thread reads first of the block of classes from v on and the chunk of tokens from strip `first` on: kept
   // logits, and rows of the weight if they are new. Returns how many pieces.
   int64_t next_block(int64_t v, int64_t first, bool new_rows, Piece* pieces) const {
@@ -260,9 +268,10 @@ class LinearBackward {
     const int64_t tiles = ceil_div(rows, sizes.tile_rows);
     kept.for_memory(first, min_of(tokens.count, first + sizes.strips), v / sizes.tile_rows + tiles * me / threads,
                     v / sizes.tile_rows + tiles * (me + 1) / threads, add);
-    const int64_t begin = v + rows * me / threads, end = v + rows * (me + 1) / threads;
-    if (new_rows && weight.col_stride == 1 && weight.row_stride == E)
-      add(weight.row(begin), (end - begin) * E * int64_t{sizeof(T)});
+    if (new_rows) {
+      const Fetch own = weight_of_block(v);
+      add(own.next, own.rows * own.stride);
+    }
     return count;
   }
 
@@ -285,14 +294,6 @@ class LinearBackward {
       if (a.grad_bias.defined) at<float>(a.grad_bias, v) = 0.0f;
       if (a.grad_weight.defined) store_row(nothing.get(), E, row_of<T>(a.grad_weight, v), a.grad_weight.stride[1]);
     }
-  }
-
-  // This thread's share of the weight's rows in the block of classes from v on, as far as they are one piece of memory.
-  Fetch weight_of_block(int64_t v) const {
-    const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), rows = min_of(sizes.classes, V - v);
-    if (rows <= 0 || weight.col_stride != 1 || weight.row_stride != E) return {};
-    const int64_t begin = rows * me / threads, end = rows * (me + 1) / threads;
-    return {reinterpret_cast<const char*>(weight.row(v + begin)), 128, (end - begin) * E * int64_t{sizeof(T)} / 128};
   }
 
   // The gradients of weight and bias, or their sums so far, for a block of classes from the strips [first, last).

@@ -1,7 +1,8 @@
 """The projection to the vocabulary and its cross-entropy in one: the public function and its torch ops.
 
 user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
-                                    -> _C.linear_cross_entropy_forward (csrc/kernels/linear_cross_entropy.h)
+                                    -> by_backend.forward (ops/linear_cross_entropy_backends.py):
+                                       _C.linear_cross_entropy_forward (csrc/kernels/linear_cross_entropy.h)
                                     or _C.linear_cross_entropy_gradients (ops/linear_cross_entropy_gradients.py)
                                     or kernels/linear_cross_entropy.py (Triton; logits stay in registers)
                                     or kernels/linear_cross_entropy_products.py (small problems: torch products, Triton)
@@ -11,36 +12,28 @@ With process_group: gpt4v_fast::sharded_linear_cross_entropy, which runs the sam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gpt4v_fast import backends, reference
-from gpt4v_fast._native import _C, threads, view
-from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
+from gpt4v_fast import backends
 from gpt4v_fast.ops import checks, labels, library, vocab_parallel
+from gpt4v_fast.ops import linear_cross_entropy_backends as by_backend
 from gpt4v_fast.ops.cross_entropy import (
     LOSS_OPTIONS,
     SHARDS,
     LossOptions,
     check_options,
-    look_at_labels,
-    native_weight,
     reduce_loss,
-    row_tensors,
     sharded_row_tensors,
-    triton_options,
 )
-from gpt4v_fast.ops.linear_cross_entropy_gradients import KEPT_BY_OP, known_slopes, with_gradients
+from gpt4v_fast.ops.linear_cross_entropy_gradients import known_slopes, with_gradients
 from gpt4v_fast.ops.linear_cross_entropy_kept import can_keep, with_kept_logits
 from gpt4v_fast.reference import LossStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-# Bytes that forward may leave for backward at the most (csrc/kernels/kept_logits.h), of the 64 MiB of extra memory.
-KEPT_BYTES = KEPT_BY_OP
 
 
 def linear_cross_entropy(
@@ -110,9 +103,9 @@ def linear_cross_entropy(
     options = LossOptions(*arguments[4:8])
     label_weight = None
     slopes = known_slopes(arguments, reduction, z_loss) if process_group is None else None
-    if slopes is not None and backends.pick(_describe(*arguments[:2])).backend == "cpu":
+    if slopes is not None and backends.pick(by_backend.describe(*arguments[:2])).backend == "cpu":
         nll, lse, argmax = with_gradients(arguments, slopes, _linear_cross_entropy_backward_op)
-    elif process_group is None and can_keep(arguments) and _is_fused(*arguments[:2]):
+    elif process_group is None and can_keep(arguments) and by_backend.is_fused(*arguments[:2]):
         nll, lse, argmax = with_kept_logits(arguments, _linear_cross_entropy_backward_op)
     elif process_group is None:
         nll, lse, argmax, *_ = _linear_cross_entropy_op(*arguments)
@@ -170,161 +163,11 @@ def prepare(
     return hidden.reshape(target.numel(), E), weight, bias, target, *options, shift, *further
 
 
-_FEW = frozenset({"few logits"})
-
-
 def _request(*args: Any, **kwargs: Any) -> backends.Request:
-    return _describe(*prepare(*args, **kwargs)[:2])
+    return by_backend.describe(*prepare(*args, **kwargs)[:2])
 
 
-def _describe(hidden: torch.Tensor, weight: torch.Tensor) -> backends.Request:
-    few = plans.by_products(hidden.shape[0], weight.shape[0])
-    return backends.Request("linear_cross_entropy", hidden.device.type, hidden.dtype, _FEW if few else frozenset())
-
-
-def _is_fused(hidden: torch.Tensor, weight: torch.Tensor) -> bool:
-    return backends.pick(_describe(hidden, weight)).kernel == "kernels.linear_cross_entropy"
-
-
-def _too_many_logits(request: backends.Request) -> str | None:
-    if request.features >= _FEW:
-        return None
-    return f"the fp32 logits need more than {plans.PRODUCT_BYTES >> 20} MiB"
-
-
-backends.register_kernel("linear_cross_entropy", "cpu", "_C.linear_cross_entropy")
-backends.register_kernel("linear_cross_entropy", "triton", "kernels.linear_cross_entropy_products", _too_many_logits)
-backends.register_kernel("linear_cross_entropy", "triton", "kernels.linear_cross_entropy")
 backends.register_explainer(linear_cross_entropy, _request)
-
-
-def _linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    *rest: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    *loss_options, shift, keep = rest
-    options = LossOptions(*loss_options)
-    choice = backends.pick(_describe(hidden, weight))
-    backend = choice.backend
-    target = labels.shifted(target, shift, options.ignore_index)
-    look_at_labels(target, weight.shape[0], options.ignore_index, backend, shift)
-    rows = target.reshape(-1).to(torch.int64)
-    if backend == "cpu":
-        nll, lse, argmax, lse_low = row_tensors(hidden.shape[0], hidden)
-        class_weight = native_weight(options.class_weight)
-        tensors = (hidden, weight, bias, rows, class_weight)
-        kept = _kept(hidden, weight, keep)
-        outputs = (nll, lse, lse_low, argmax, kept if keep else None)
-        _C.linear_cross_entropy_forward(*map(view, tensors), *options[1:], *map(view, outputs), threads())
-        return nll, lse, argmax, lse_low, kept
-    if backend == "triton":
-        forward, _ = _triton_kernels(choice)
-        nll, lse, argmax = forward(hidden, weight, bias, rows, **_triton_options(options))
-    else:
-        nll, lse, argmax = reference.cross_entropy_core(_logits(hidden, weight, bias), rows, *options)
-    kept = _kept(hidden, weight, keep)
-    if kept.numel():
-        kept[: 1 << 16] = 0  # an empty header: backward finds nothing
-    return nll, lse, argmax, torch.zeros_like(lse), kept
-
-
-def _kept(hidden: torch.Tensor, weight: torch.Tensor, keep: bool) -> torch.Tensor:
-    """Memory for logits that forward leaves for backward; what is not used of it is never touched."""
-    if not keep or hidden.device.type != "cpu":
-        return hidden.new_empty(0, dtype=torch.uint8)
-    rows, classes = hidden.shape[0] + 15, weight.shape[0] + 71  # whole vectors and tiles
-    return hidden.new_empty(torch.sym_min(64 + 4 * rows * (classes + 1), KEPT_BYTES), dtype=torch.uint8)
-
-
-def _linear_cross_entropy_backward(
-    grad_nll: torch.Tensor,
-    grad_lse: torch.Tensor,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    lse: torch.Tensor,
-    lse_low: torch.Tensor,
-    kept: torch.Tensor,
-    *rest: Any,
-    shard: bool = False,
-) -> tuple[torch.Tensor, ...]:
-    """`shard`: lse is that of the whole vocabulary, and weight and bias are some rows of it."""
-    *loss_options, shift, of_hidden, of_weight, of_bias = rest
-    options = LossOptions(*loss_options)
-    choice = backends.pick(_describe(hidden, weight))
-    backend = choice.backend
-    rows = labels.shifted(target, shift, options.ignore_index).reshape(-1).to(torch.int64)
-    if backend == "cpu":
-        grad_hidden, grad_weight, grad_bias = (
-            torch.empty(tensor.shape, dtype=dtype) if wanted and tensor is not None else None
-            for tensor, dtype, wanted in (
-                (hidden, hidden.dtype, of_hidden),
-                (weight, weight.dtype, of_weight),
-                (bias, torch.float32, of_bias),
-            )
-        )
-        class_weight = native_weight(options.class_weight)
-        tensors = (hidden, weight, bias, rows, class_weight)
-        further = (lse, lse_low, kept if len(kept) else None, grad_nll, grad_lse, grad_hidden, grad_weight, grad_bias)
-        _C.linear_cross_entropy_backward(*map(view, tensors), *options[1:], *map(view, further), threads())
-    elif backend == "triton":
-        _, backward = _triton_kernels(choice)
-        grad_hidden, grad_weight, grad_bias = backward(
-            grad_nll, grad_lse, hidden, weight, bias, rows, lse,
-            of_hidden=of_hidden, of_weight=of_weight, of_bias=of_bias, **_triton_options(options),
-        )  # fmt: skip
-    else:
-        logits = _logits(hidden, weight, bias)
-        exact_lse = lse.double() + lse_low if shard else None
-        gradient = reference.cross_entropy_core_backward(grad_nll, grad_lse, logits, rows, *options, exact_lse)
-        grad_hidden = gradient @ weight.float() if of_hidden else None
-        grad_weight = gradient.t() @ hidden.float() if of_weight else None
-        grad_bias = gradient.sum(dim=0) if of_bias else None
-    pairs = ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
-    return tuple(hidden.new_empty(0) if g is None or x is None else g.to(x.dtype) for g, x in pairs)
-
-
-def _triton_kernels(choice: backends.Choice) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The launchers forward and backward; imports triton."""
-    if choice.kernel == "kernels.linear_cross_entropy_products":
-        from gpt4v_fast.kernels import linear_cross_entropy_products as products
-
-        return products.linear_cross_entropy_forward, products.linear_cross_entropy_backward
-    from gpt4v_fast.kernels import linear_cross_entropy as fused
-    from gpt4v_fast.kernels import linear_cross_entropy_backward as fused_backward
-
-    return fused.linear_cross_entropy_forward, fused_backward.linear_cross_entropy_backward
-
-
-def _triton_options(options: LossOptions) -> dict[str, Any]:
-    further = triton_options(options)
-    return {"class_weight": further.pop("weight"), **further}
-
-
-def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return torch.nn.functional.linear(hidden.float(), weight.float(), None if bias is None else bias.float())
-
-
-def _linear_cross_entropy_fake(
-    hidden: torch.Tensor, weight: torch.Tensor, *rest: Any
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    return *row_tensors(hidden.shape[0], hidden), _kept(hidden, weight, rest[-1])
-
-
-def _linear_cross_entropy_backward_fake(
-    grad_nll: Any,
-    grad_lse: Any,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *rest: Any,
-) -> tuple[torch.Tensor, ...]:
-    pairs = zip((hidden, weight, bias), rest[-3:], strict=True)
-    return tuple(hidden.new_empty(0) if x is None or not wanted else x.new_empty(x.shape) for x, wanted in pairs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -349,8 +192,8 @@ def _autograd(ctx: Any, grad_nll: torch.Tensor | None, grad_lse: torch.Tensor | 
 _linear_cross_entropy_op = library.define_op(
     f"linear_cross_entropy(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, {LOSS_OPTIONS}, "
     "int shift, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _linear_cross_entropy,
-    _linear_cross_entropy_fake,
+    by_backend.forward,
+    by_backend.forward_fake,
     setup_context=_setup_context,
     backward=_autograd,
 )
@@ -358,8 +201,8 @@ _linear_cross_entropy_backward_op = library.define_op(
     "linear_cross_entropy_backward(Tensor grad_nll, Tensor grad_lse, Tensor hidden, Tensor weight, "
     f"Tensor? bias, Tensor target, Tensor lse, Tensor lse_low, Tensor kept, {LOSS_OPTIONS}, int shift, bool of_hidden, "
     "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
-    _linear_cross_entropy_backward,
-    _linear_cross_entropy_backward_fake,
+    by_backend.backward,
+    by_backend.backward_fake,
     gradient_of="linear_cross_entropy",
 )
 
@@ -370,7 +213,7 @@ def _sharded_linear_cross_entropy(
     *loss_options, shift, sizes, rank, group, with_argmax, _ = rest
 
     def local(rows: torch.Tensor, *options: Any) -> tuple[torch.Tensor, ...]:
-        return _linear_cross_entropy(hidden, weight, bias, rows, *options, 0, False)[:4]
+        return by_backend.forward(hidden, weight, bias, rows, *options, 0, False)[:4]
 
     def logit_at(columns: torch.Tensor) -> torch.Tensor:
         # A few rows at a time: both factors become fp32.
@@ -383,7 +226,7 @@ def _sharded_linear_cross_entropy(
     options, shards = LossOptions(*loss_options), vocab_parallel.Shards(tuple(sizes), rank, group)
     target = labels.shifted(target, shift, options.ignore_index)
     what = ("linear_cross_entropy", hidden.dtype, hidden.shape[1])
-    backend = backends.pick(_describe(hidden, weight)).backend
+    backend = backends.pick(by_backend.describe(hidden, weight)).backend
     functions = (local, logit_at if with_argmax else None)
     return vocab_parallel.forward(*functions, target, options, shards, what, backend, shift)
 
@@ -406,7 +249,7 @@ def _sharded_linear_cross_entropy_backward(
     target = labels.shifted(target, shift, options.ignore_index)
     wanted, nothing = (of_hidden, of_weight, of_bias), hidden.new_empty(0, dtype=torch.uint8)
     gradients = [
-        _linear_cross_entropy_backward(
+        by_backend.backward(
             *slopes, hidden, weight, bias, rows, lse, lse_low, nothing, *its_options, 0, *wanted, shard=True
         )
         for slopes, rows, its_options in vocab_parallel.backward_calls(
@@ -451,6 +294,6 @@ _sharded_linear_cross_entropy_backward_op = library.define_op(
     f"{LOSS_OPTIONS}, int shift, {SHARDS}, bool with_argmax, bool reduce_grad_hidden, bool of_hidden, "
     "bool of_weight, bool of_bias) -> (Tensor, Tensor, Tensor)",
     _sharded_linear_cross_entropy_backward,
-    _linear_cross_entropy_backward_fake,
+    by_backend.backward_fake,
     gradient_of="linear_cross_entropy",
 )
