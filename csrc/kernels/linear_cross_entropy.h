@@ -65,6 +65,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
   for (int64_t first = 0; first < strips.count; first += chunk) {
     [[maybe_unused]] const Tiles tiles;
     const int64_t last = min_of(strips.count, first + chunk);
+    const auto strip_of = [&](int64_t s) { return packed.get() + (s - first) * strip_size<T>(E); };
     pack_tokens_by_team(hidden, strips, first, last, E, packed.get(), [](int64_t) { return true; });
 #pragma omp for schedule(dynamic, 1)
     for (int64_t range = 0; range < ranges; ++range) {
@@ -87,7 +88,7 @@ static void linear_forward(const LinearCrossEntropyArgs& a, int threads) {
           if (deep)
             rows.add_bias(strips.lanes(s), tile);
           else
-            rows.logits(packed.get() + (s - first) * strip_size<T>(E), strips.lanes(s), E, tile, fetch);
+            rows.logits(strip_of(s), strips.lanes(s), E, tile, fetch, strip_of(s + 1 < last ? s + 1 : first));
           weight_ahead = fetch.second;
           Lanes& statistics = lanes[s - first];
           if (!kept.is_short()) kept.store(s, v, rows.count, tile, nullptr);

@@ -184,8 +184,9 @@ class LinearBackward {
                                      v + row, count,   lanes, smoothing ? tile_weight.class_weight : nullptr,
                                      ahead};
         if (!kept.has(s, v + row)) {
-          Fetch nothing;
-          tile_weight.logits(token_lanes.get() + (s - first) * strip_size<T>(E), lanes, E, tile, nothing);
+          NoWork nothing;
+          const float* strip = token_lanes.get() + (s - first) * strip_size<T>(E);
+          tile_weight.logits(strip, lanes, E, tile, nothing, s + 1 < end ? strip + strip_size<T>(E) : nullptr);
           gradients.of_logits(tile, kCols, tile);
         } else if (kept.is_short()) {
           gradients.of_steps(kept.origins(s, v + row), kept.steps(s, v + row), 1.0f / KeptLogits<T>::kSteps,
@@ -222,8 +223,10 @@ class LinearBackward {
           const int64_t n = tokens.begin(s), count = tokens.used(s), e = features.begin(f);
           Both<FetchToWrite, FetchPieces<4>> ahead{
               {hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * int64_t{sizeof(float)}}, next};
+          const float* strip = weight_columns.get() + f * sizes.weight_column_floats();
           multiply_strip(gradient.of_tokens(s - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes,
-                         weight_columns.get() + f * sizes.weight_column_floats(), depth, tile, kCols, ahead);
+                         strip, depth, tile, kCols, ahead,
+                         s + 1 == end && f + 1 < features.count ? strip + sizes.weight_column_floats() : strip);
           next = ahead.second;
           for (int64_t i = 0; i < count; ++i)
             add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);

@@ -39,6 +39,12 @@ constexpr int64_t kHiddenSumBytes = 32 << 20;
 // in three (docs/tuning.md).
 constexpr int64_t kBackwardPackBytes = kHasTiles ? 10 << 20 : kPackBytes;
 
+// Of a block's rows of the weight, in fp32; more where kPackBytes would be few classes: with every block the sums of
+// hidden's gradients are read and written (256 classes in place of 1,008, E 4,096: up to 1.2 times the time). Not for
+// pairs: E 8,192 then takes 1.3 times as long (docs/tuning.md).
+constexpr int64_t kFewClasses = 7 * kTileRows;
+constexpr int64_t kLargePackBytes = 16 << 20;
+
 template <class T>
 static int64_t fitting_strips(int64_t E, int64_t most, int64_t bytes, int64_t strips) {
   const int64_t fitting = max_of(1, min_of(most, bytes / (4 * max_of(strip_size<T>(E), 1))));
@@ -135,8 +141,8 @@ struct WeightTile {
 
   // tile[r * kCols + c] = logit of row first + r and token c of a packed strip of `lanes` tokens.
   template <class Work>
-  void logits(const float* strip, int64_t lanes, int64_t E, float* tile, Work& work) const {
-    multiply_strip(rows, count, lanes / kLanes, strip, Operands<T>::depth(E), tile, kCols, work);
+  void logits(const float* strip, int64_t lanes, int64_t E, float* tile, Work& work, const float* next_strip) const {
+    multiply_strip(rows, count, lanes / kLanes, strip, Operands<T>::depth(E), tile, kCols, work, next_strip);
     add_bias(lanes, tile);
   }
 
@@ -193,8 +199,10 @@ struct BackwardSizes {
     BackwardSizes s;
     s.tile_rows = weight_rows<T>(E);
     s.strips = fitting_strips<T>(E, kMaxBackwardStrips, kBackwardPackBytes, all);
+    const int64_t row_bytes = kElementBytes * max_of(E, 1);
+    const bool are_few = !Operands<T>::kPairs && kPackBytes / row_bytes < kFewClasses;
     const int64_t fitting =
-        min_of(kGradientBytes / (4 * kCols * s.strips), kPackBytes / (kElementBytes * max_of(E, 1)));
+        min_of(kGradientBytes / (4 * kCols * s.strips), (are_few ? kLargePackBytes : kPackBytes) / row_bytes);
     const int64_t tiles = max_of(1, min_of(kMaxClasses, fitting) / s.tile_rows);
     s.classes = s.tile_rows * min_of(tiles, ceil_div(V, s.tile_rows));
     const int64_t beyond = max_of(0, 4 * s.strips * strip_size<T>(E) - kPackBytes);

@@ -222,6 +222,32 @@ struct FetchToWrite {
   }
 };
 
+// The same for packed floats, a line a step.
+struct FetchStretch {
+  const float* next = nullptr;
+  int64_t rows = 0;  // lines
+
+  ALWAYS_INLINE void step() {
+    if (rows == 0) return;
+    __builtin_prefetch(next, 0, 2);
+    --rows, next += 64 / sizeof(float);
+  }
+};
+
+// Two kinds of work, the first first.
+template <class First, class Second>
+struct Both {
+  First first;
+  Second second;
+
+  ALWAYS_INLINE void step() {
+    if (first.rows > 0)
+      first.step();
+    else
+      second.step();
+  }
+};
+
 constexpr int product_rows(int vectors) {
   return vectors == kProductVectors ? kProductRows : vectors == 2 ? 12 : 2 * kProductRows;
 }
@@ -242,10 +268,12 @@ __attribute__((noinline)) static void product_strip(int64_t rows, int64_t vector
   caller_work = work;
 }
 
-// tile (rows, vectors * kLanes) = left (rows, depth) strip, a stretch of the depth at a time.
+// tile (rows, vectors * kLanes) = left (rows, depth) strip, a stretch of the depth at a time. Beside one stretch the
+// next is fetched, after the last that of `next_strip` (or null): strips of many features or tokens are not in the
+// second-level cache when they come again. So is that of a left operand which is packed like a strip.
 template <class Operand, class Work>
 static void multiply_strip(Operand left, int64_t rows, int64_t vectors, const float* strip, int64_t depth, float* tile,
-                           int64_t tile_stride, Work& work) {
+                           int64_t tile_stride, Work& work, [[maybe_unused]] const float* next_strip = nullptr) {
 #ifdef __AMX_BF16__
   if constexpr (std::is_same_v<Operand, BroadcastPairs<Along::kDepth>>)
     return tile_product(left, rows, vectors, depth, strip, kCols, tile, tile_stride, false, 0, tile_parts(depth), work);
@@ -254,10 +282,17 @@ static void multiply_strip(Operand left, int64_t rows, int64_t vectors, const fl
   for (int64_t part = 0, d = 0; part < parts; ++part) {
     const int64_t end = depth * (part + 1) / parts;
     const float* from = strip + d * kCols;
+    const bool is_last = part + 1 == parts;
+    const int64_t lines = (end - d) * kCols * int64_t{sizeof(float)} / 64;
+    Both<FetchStretch, Both<FetchStretch, Work>> ahead{{}, {{}, work}};
+    if (!is_last || next_strip != nullptr) ahead.first = {is_last ? next_strip : strip + end * kCols, lines};
+    if (!is_last && Operand::kPackedAlong == Along::kRows)
+      ahead.second.first = {reinterpret_cast<const float*>(left.depth_from(end).data), lines};
     if (part > 0)
-      product_strip<Into::kAdd>(rows, vectors, end - d, left.depth_from(d), from, tile, tile_stride, work);
+      product_strip<Into::kAdd>(rows, vectors, end - d, left.depth_from(d), from, tile, tile_stride, ahead);
     else
-      product_strip<Into::kSet>(rows, vectors, end - d, left.depth_from(d), from, tile, tile_stride, work);
+      product_strip<Into::kSet>(rows, vectors, end - d, left.depth_from(d), from, tile, tile_stride, ahead);
+    work = ahead.second.second;
     d = end;
   }
 }
@@ -338,20 +373,6 @@ static void multiply_tokens(const Strips& tokens, int64_t first, int64_t last, i
       product_tokens<Into::kSet>(tokens, s, end, per_step, rows, vectors, from, next, column, tile, work);
   }
 }
-
-// Two kinds of work, the first first.
-template <class First, class Second>
-struct Both {
-  First first;
-  Second second;
-
-  ALWAYS_INLINE void step() {
-    if (first.rows > 0)
-      first.step();
-    else
-      second.step();
-  }
-};
 
 // to (count) = or += from.
 static inline void add_row(const float* from, int64_t count, bool add, float* to) {

@@ -113,6 +113,7 @@ enum class Along { kDepth, kRows };
 
 template <Along kAlong>
 struct Broadcast {
+  static constexpr Along kPackedAlong = kAlong;
   const float* data;
   int64_t stride;
 
@@ -129,6 +130,7 @@ struct Broadcast {
 // The other operand then holds a pair in each lane, and one instruction does twice the work of an fp32 multiply-add.
 template <Along kAlong>
 struct BroadcastPairs {
+  static constexpr Along kPackedAlong = kAlong;
   const bfloat16* data;
   int64_t stride;
 
