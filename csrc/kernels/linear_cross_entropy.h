@@ -8,7 +8,8 @@
 // N V E flops; bytes: the weight once per kMaxForwardStrips strips of tokens, hidden once.
 //
 // Ranges, tiles and depths follow from N, V and E alone, and every sum has one thread, so results do not
-// depend on how many threads there are. Scratch is at most kForwardBytes beside per-token scalars.
+// depend on how many threads there are. Scratch: packed tokens and statistics, 4 MiB each (loss_sizes.h), with tiles
+// and many features another 16 MiB (loss_deep.h), and per-token scalars.
 #pragma once
 
 #include <omp.h>
