@@ -41,7 +41,8 @@ constexpr int64_t kBackwardPackBytes = kHasTiles ? 10 << 20 : kPackBytes;
 
 // Of a block's rows of the weight, in fp32; more where kPackBytes would be few classes: with every block the sums of
 // hidden's gradients are read and written (256 classes in place of 1,008, E 4,096: up to 1.2 times the time). Not for
-// pairs: E 8,192 then takes 1.3 times as long (docs/tuning.md).
+// pairs: E 8,192 then takes 1.3 times as long (docs/tuning.md); nor for fp16, which has sums of hidden's gradients in
+// the same 64 MiB.
 constexpr int64_t kFewClasses = 7 * kTileRows;
 constexpr int64_t kLargePackBytes = 16 << 20;
 
@@ -200,7 +201,7 @@ struct BackwardSizes {
     s.tile_rows = weight_rows<T>(E);
     s.strips = fitting_strips<T>(E, kMaxBackwardStrips, kBackwardPackBytes, all);
     const int64_t row_bytes = kElementBytes * max_of(E, 1);
-    const bool are_few = !Operands<T>::kPairs && kPackBytes / row_bytes < kFewClasses;
+    const bool are_few = sizeof(T) == sizeof(float) && kPackBytes / row_bytes < kFewClasses;
     const int64_t fitting =
         min_of(kGradientBytes / (4 * kCols * s.strips), (are_few ? kLargePackBytes : kPackBytes) / row_bytes);
     const int64_t tiles = max_of(1, min_of(kMaxClasses, fitting) / s.tile_rows);
