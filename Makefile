@@ -40,7 +40,7 @@ test-slow: $(STAMP)
 # Where there is a GPU: the Triton tests on it instead of in the interpreter, and the ops on its tensors.
 test-gpu: export GPT4V_FAST_TEST_DEVICE = cuda
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" tests/test_gpu.py tests/test_triton_*.py
+	$(BIN)/python -m pytest -m "not slow" tests/test_gpu.py tests/*/test_triton_*.py
 
 # The kernels again, built with AddressSanitizer and UndefinedBehaviorSanitizer, in a package of their own.
 SANITIZED := build/sanitized
@@ -56,11 +56,11 @@ test-sanitized:
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not slow" -k "not compile and not gradcheck" --timeout=900 \
-		tests/test_native.py tests/test_plain_calls.py tests/test_attention.py tests/test_attention_varlen.py \
-		tests/test_attention_kvcache.py tests/test_wide_integers.py \
-		tests/test_cross_entropy.py tests/test_linear_cross_entropy.py tests/test_kept_logits.py \
-		tests/test_linear_cross_entropy_gradients.py tests/test_inplace_backward.py \
-		tests/test_patch_embed.py
+		$(addprefix tests/native/test_,native.py plain_calls.py wide_integers.py) \
+		$(addprefix tests/attention/test_attention,.py _varlen.py _kvcache.py) \
+		$(addprefix tests/loss/test_,cross_entropy.py linear_cross_entropy.py linear_cross_entropy_gradients.py \
+			kept_logits.py inplace_backward.py) \
+		tests/patch_embed/test_patch_embed.py
 
 bench: $(STAMP)
 	$(BIN)/gpt4v-fast bench

@@ -1,7 +1,7 @@
 """Curves of attention, `gpt4v-fast bench --curves`: time and memory over the length, time over the share of blocks that
 a mask leaves.
 
-Our kernels skip a block of 48 queries and 64 keys in which nobody sees anybody (csrc/kernels/attention_block.h); how
+Our kernels skip a block of 48 queries and 64 keys in which nobody sees anybody (csrc/attention/block.h); how
 many are left is counted here from the mask alone. Time should follow it.
 """
 

@@ -1,4 +1,4 @@
-"""What the machine can do at best, measured beside the kernels (csrc/kernels/peak.h).
+"""What the machine can do at best, measured beside the kernels (csrc/probes/peak.h).
 
 "fma" and "dot_bf16" are register-only loops of that instruction (GFLOP/s), "read" is a streaming read (GB/s). On an
 ISA without bf16 products "dot_bf16" is the FMA peak: bf16 is widened there.

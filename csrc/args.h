@@ -85,7 +85,7 @@ struct KvCacheArgs {
   View lse;  // (B, H, S) fp32
 };
 
-// The most rows of a key head (query heads that share it times S) that kernels/attention_decode.h takes, and with it
+// The most rows of a key head (query heads that share it times S) that attention/decode.h takes, and with it
 // the most that a paged call may have.
 constexpr int64_t kDecodeRows = 16;
 
@@ -124,7 +124,7 @@ struct LinearCrossEntropyArgs {
   View lse;      // (N) fp32
   View lse_low;  // (N) fp32, as above
   View argmax;   // (N) int64
-  View kept;     // bytes that forward may fill with logits for backward (csrc/kernels/kept_logits.h), or absent
+  View kept;     // bytes that forward may fill with logits for backward (csrc/loss/kept_logits.h), or absent
 
   // Backward only. A gradient that is not needed is absent.
   View grad_nll;
@@ -133,7 +133,7 @@ struct LinearCrossEntropyArgs {
   View grad_weight;  // (V, E), weight's dtype
   View grad_bias;    // (V) fp32
 
-  // Forward and backward in one, csrc/kernels/linear_cross_entropy_gradients.h. grad_weight is contiguous then.
+  // Forward and backward in one, csrc/loss/linear_cross_entropy_gradients.h. grad_weight is contiguous then.
   bool keeps_in_gradient;  // logits stay in grad_weight's memory until it is written
   // (V, E), the lower halves of fp32 sums, whose upper halves stand in grad_weight; or null.
   uint16_t* weight_sum_halves;

@@ -26,7 +26,7 @@ struct Kernels {
                                          int threads);
   void (*patch_embed_forward)(const PatchEmbedArgs&, int threads);
   void (*patch_embed_backward)(const PatchEmbedArgs&, int threads);
-  // Probes for benchmarks (kernels/peak.h): GFLOP/s, GFLOP/s and GB/s on this many threads.
+  // Probes for benchmarks (probes/peak.h): GFLOP/s, GFLOP/s and GB/s on this many threads.
   double (*peak_fma)(int threads, double seconds);
   double (*peak_dot_bf16)(int threads, double seconds);
   double (*peak_read)(const float* data, int64_t count, int threads, double seconds);

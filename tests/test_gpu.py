@@ -17,7 +17,7 @@ from random_rounding import BITS
 
 import gpt4v_fast as gf
 from gpt4v_fast import backends, reference
-from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
+from gpt4v_fast.kernels.loss import plans
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("GPT4V_FAST_TEST_DEVICE") != "cuda" or not torch.cuda.is_available(),

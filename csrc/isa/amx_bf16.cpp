@@ -2,10 +2,10 @@
 // Tiles multiply bf16 alone: this ISA has the functions that gain by them, and those of avx512_bf16 for all else. (Not
 // isa/table.h, whose other functions would be compiled once more for nothing.)
 #include "dispatch.h"
-#include "kernels/attention.h"
-#include "kernels/attention_kvcache.h"
-#include "kernels/linear_cross_entropy.h"
-#include "kernels/peak.h"
+#include "attention/attention.h"
+#include "attention/kvcache.h"
+#include "loss/linear_cross_entropy.h"
+#include "probes/peak.h"
 
 namespace gpt4v_fast {
 

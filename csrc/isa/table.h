@@ -1,16 +1,16 @@
 // Included once by each ISA's file, which names its namespace in GPT4V_FAST_ISA. Everything below a kernel
 // lives in that namespace or is a system header's macro or intrinsic: the linker keeps one copy of an inline
 // function, and it must not be one compiled for a processor that the caller does not have
-// (tests/test_native.py looks for such symbols).
+// (tests/native/test_native.py looks for such symbols).
 #pragma once
 
 #include "dispatch.h"
-#include "kernels/attention.h"
-#include "kernels/attention_kvcache.h"
-#include "kernels/cross_entropy.h"
-#include "kernels/linear_cross_entropy.h"
-#include "kernels/patch_embed.h"
-#include "kernels/peak.h"
+#include "attention/attention.h"
+#include "attention/kvcache.h"
+#include "loss/cross_entropy.h"
+#include "loss/linear_cross_entropy.h"
+#include "patch_embed/patch_embed.h"
+#include "probes/peak.h"
 
 #define GPT4V_FAST_STRINGIFY_(x) #x
 #define GPT4V_FAST_STRINGIFY(x) GPT4V_FAST_STRINGIFY_(x)

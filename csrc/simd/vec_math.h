@@ -1,5 +1,5 @@
 // exp2 and tanh of whole vectors, for kernels that hold their tiles in Vec (simd/math.h has them for loops that the
-// compiler vectorises). Errors are the largest that tests/test_vec_math.py finds.
+// compiler vectorises). Errors are the largest that tests/native/test_vec_math.py finds.
 #pragma once
 
 #include "simd/math.h"

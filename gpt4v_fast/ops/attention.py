@@ -1,7 +1,7 @@
 """Attention over dense batches: the public function, its torch ops, and the ways to a kernel.
 
-user -> attention -> gpt4v_fast::attention -> _C.attention_forward (csrc/kernels/attention.h)
-                                           or kernels/attention.py (Triton)
+user -> attention -> gpt4v_fast::attention -> _C.attention_forward (csrc/attention/attention.h)
+                                           or kernels/attention/forward.py (Triton)
                                            or reference.attention_core
 """
 
@@ -183,7 +183,7 @@ def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: Any) ->
         call_native(_C.attention_forward, q, k, v, options, out, lse)
         return out, lse
     if backend == "triton":
-        from gpt4v_fast.kernels import attention as kernel
+        from gpt4v_fast.kernels.attention import forward as kernel
 
         return kernel.attention_forward(q, k, v, **_triton_arguments(q, k, options))
     out, lse = _run_reference(q.float(), k.float(), v.float(), options)
@@ -216,7 +216,7 @@ def _attention_backward(
         dsinks = dsinks.to(sinks.dtype) if dsinks is not None and sinks is not None else q.new_empty(0)
         return dq, dk, dv, dbias, dsinks
     if backend == "triton":
-        from gpt4v_fast.kernels import attention as kernel
+        from gpt4v_fast.kernels.attention import forward as kernel
 
         arguments = _triton_arguments(q, k, options)
         gradients = kernel.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **arguments)

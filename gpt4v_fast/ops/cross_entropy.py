@@ -1,7 +1,7 @@
 """Softmax cross-entropy of given logits: the public function, its torch ops, and the ways to a kernel.
 
-user -> cross_entropy -> gpt4v_fast::cross_entropy -> _C.cross_entropy_forward (csrc/kernels/cross_entropy.h)
-                                                   or kernels/cross_entropy.py (Triton)
+user -> cross_entropy -> gpt4v_fast::cross_entropy -> _C.cross_entropy_forward (csrc/loss/cross_entropy.h)
+                                                   or kernels/loss/cross_entropy.py (Triton)
                                                    or reference.cross_entropy_core
 With process_group: gpt4v_fast::sharded_cross_entropy, which runs the same on a shard (ops/vocab_parallel.py).
 
@@ -273,7 +273,7 @@ def _cross_entropy(
         _C.cross_entropy_forward(*head, view(nll), view(lse), view(lse_low), view(argmax), threads())
         return nll, lse, argmax, lse_low
     if backend == "triton":
-        from gpt4v_fast.kernels import cross_entropy as kernel
+        from gpt4v_fast.kernels.loss import cross_entropy as kernel
 
         nll, lse, argmax = kernel.cross_entropy_forward(logits, rows, **triton_options(options))
     else:
@@ -303,7 +303,7 @@ def _cross_entropy_backward(
         _C.cross_entropy_backward(*head, *(view(x) for x in (lse, lse_low, grad_nll, grad_lse, grad_logits)), threads())
         return grad_logits
     if backend == "triton":
-        from gpt4v_fast.kernels import cross_entropy as kernel
+        from gpt4v_fast.kernels.loss import cross_entropy as kernel
 
         return kernel.cross_entropy_backward(grad_nll, grad_lse, logits, rows, lse, **triton_options(options), out=out)
     exact_lse = lse.double() + lse_low if shard else None

@@ -69,7 +69,7 @@ def remember_bad(target: torch.Tensor, V: int, ignore_index: int, backend: str) 
     state = _first_bad[target.device]
     flat = target.reshape(-1)
     if backend == "triton":
-        from gpt4v_fast.kernels import labels as kernels
+        from gpt4v_fast.kernels.loss import labels as kernels
 
         if flat.numel() <= kernels.MOST:
             return kernels.remember_bad_label(flat, state, V, ignore_index)

@@ -2,10 +2,10 @@
 
 user -> linear_cross_entropy -> gpt4v_fast::linear_cross_entropy
                                     -> by_backend.forward (ops/linear_cross_entropy_backends.py):
-                                       _C.linear_cross_entropy_forward (csrc/kernels/linear_cross_entropy.h)
+                                       _C.linear_cross_entropy_forward (csrc/loss/linear_cross_entropy.h)
                                     or _C.linear_cross_entropy_gradients (ops/linear_cross_entropy_gradients.py)
-                                    or kernels/linear_cross_entropy.py (Triton; logits stay in registers)
-                                    or kernels/linear_cross_entropy_products.py (small problems: torch products, Triton)
+                                    or kernels/loss/linear_cross_entropy.py (Triton; logits stay in registers)
+                                    or kernels/loss/linear_cross_entropy_products.py (small problems: torch products, Triton)
                                     or reference.cross_entropy_core
 With process_group: gpt4v_fast::sharded_linear_cross_entropy, which runs the same on a shard (ops/vocab_parallel.py).
 """

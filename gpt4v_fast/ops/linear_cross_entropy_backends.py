@@ -9,12 +9,12 @@ import torch
 
 from gpt4v_fast import backends, reference
 from gpt4v_fast._native import _C, threads, view
-from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
+from gpt4v_fast.kernels.loss import plans
 from gpt4v_fast.ops import labels
 from gpt4v_fast.ops.cross_entropy import LossOptions, look_at_labels, native_weight, row_tensors, triton_options
 from gpt4v_fast.ops.linear_cross_entropy_gradients import KEPT_BY_OP
 
-# Bytes that forward may leave for backward at the most (csrc/kernels/kept_logits.h), of the 64 MiB of extra memory.
+# Bytes that forward may leave for backward at the most (csrc/loss/kept_logits.h), of the 64 MiB of extra memory.
 KEPT_BYTES = KEPT_BY_OP
 
 _FEW = frozenset({"few logits"})
@@ -133,11 +133,11 @@ def backward(
 def _triton_kernels(choice: backends.Choice) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The launchers forward and backward; imports triton."""
     if choice.kernel == "kernels.linear_cross_entropy_products":
-        from gpt4v_fast.kernels import linear_cross_entropy_products as products
+        from gpt4v_fast.kernels.loss import linear_cross_entropy_products as products
 
         return products.linear_cross_entropy_forward, products.linear_cross_entropy_backward
-    from gpt4v_fast.kernels import linear_cross_entropy as fused
-    from gpt4v_fast.kernels import linear_cross_entropy_backward as fused_backward
+    from gpt4v_fast.kernels.loss import linear_cross_entropy as fused
+    from gpt4v_fast.kernels.loss import linear_cross_entropy_backward as fused_backward
 
     return fused.linear_cross_entropy_forward, fused_backward.linear_cross_entropy_backward
 

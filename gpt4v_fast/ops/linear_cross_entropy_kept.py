@@ -1,5 +1,5 @@
 """`linear_cross_entropy` on a GPU whose forward pass keeps logits in the memory of weight's gradient
-(kernels/linear_cross_entropy_kept.py).
+(kernels/loss/linear_cross_entropy_kept.py).
 
 An op may not give out as a result what it got as an argument, so forward and backward are called here within a
 torch.autograd.Function: in eager mode, outside of torch.func's transforms. Elsewhere the op computes logits twice.
@@ -42,7 +42,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, backward: Callable[..., Any], *inputs: Any) -> tuple[torch.Tensor, ...]:
-        from gpt4v_fast.kernels.linear_cross_entropy import linear_cross_entropy_forward_keeping
+        from gpt4v_fast.kernels.loss.linear_cross_entropy import linear_cross_entropy_forward_keeping
 
         hidden, weight, bias, target, *loss_options, shift = inputs
         options = LossOptions(*loss_options)
@@ -70,7 +70,7 @@ class _Function(torch.autograd.Function):
             saved = (hidden, weight, bias, target, lse, torch.zeros_like(lse), nothing_kept, class_weight)
             gradients = ctx.backward_op(grad_nll, grad_lse, *saved, *ctx.numbers, *wanted)
         else:
-            from gpt4v_fast.kernels.linear_cross_entropy_kept import linear_cross_entropy_backward_of_kept
+            from gpt4v_fast.kernels.loss.linear_cross_entropy_kept import linear_cross_entropy_backward_of_kept
 
             options = LossOptions(class_weight, *ctx.numbers[:-1])
             rows = labels.shifted(target, ctx.numbers[-1], options.ignore_index).reshape(-1)

@@ -1,6 +1,6 @@
 """From pixels to patch tokens: the public function, its torch op, and the ways to a kernel.
 
-user -> patch_embed -> gpt4v_fast::patch_embed -> _C.patch_embed_forward (csrc/kernels/patch_embed.h)
+user -> patch_embed -> gpt4v_fast::patch_embed -> _C.patch_embed_forward (csrc/patch_embed/patch_embed.h)
                                                or _cuda_launcher.patch_embed_forward (csrc/cuda/patch_embed.cu)
                                                or reference.patch_tokens
 """

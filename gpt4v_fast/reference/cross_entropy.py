@@ -91,7 +91,7 @@ def cross_entropy_core_backward(
     softcap: float | None,
     lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The gradient of the logits for those of `cross_entropy_core`'s nll and lse; formula in csrc/kernels/loss.h.
+    """The gradient of the logits for those of `cross_entropy_core`'s nll and lse; formula in csrc/loss/loss.h.
 
     lse (N,) is that of more classes than these, where these are a shard of the vocabulary.
     """

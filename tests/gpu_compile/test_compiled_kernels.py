@@ -21,7 +21,7 @@ from gpu_compile.worker import (
 )
 
 from gpt4v_fast.kernels import configs
-from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
+from gpt4v_fast.kernels.loss import plans
 
 MATRIX = {
     "sm_80": r"HMMA\.",

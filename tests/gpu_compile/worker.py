@@ -40,7 +40,7 @@ class AttentionLaunch:
     def run(self) -> None:
         import torch
 
-        from gpt4v_fast.kernels import attention
+        from gpt4v_fast.kernels.attention import forward as attention
 
         dtype = getattr(torch, self.dtype)
         q = torch.zeros(1, 2 * self.group, 256, self.D, dtype=dtype)
@@ -55,7 +55,7 @@ class AttentionLaunch:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return ("attention",)
+        return ("attention.forward",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class CrossEntropyLaunch:
     def run(self) -> None:
         import torch
 
-        from gpt4v_fast.kernels import cross_entropy
+        from gpt4v_fast.kernels.loss import cross_entropy
 
         logits = torch.zeros(3, self.V, dtype=getattr(torch, self.dtype))
         target, row = torch.zeros(3, dtype=torch.int64), torch.zeros(3)
@@ -89,7 +89,7 @@ class CrossEntropyLaunch:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        return ("cross_entropy",)
+        return ("loss.cross_entropy",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,8 +137,8 @@ class LinearCrossEntropyLaunch:
 
         import torch
 
-        from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_backward
-        from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
+        from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_backward
+        from gpt4v_fast.kernels.loss import plans
 
         dtype = getattr(torch, self.dtype)
         hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(self.V, self.E, dtype=dtype)
@@ -165,8 +165,8 @@ class LinearCrossEntropyLaunch:
 
         import torch
 
-        from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_kept
-        from gpt4v_fast.kernels import linear_cross_entropy_plans as plans
+        from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_kept
+        from gpt4v_fast.kernels.loss import plans
 
         N, V = self.E // 128 * 128 + 256, self.V
         hidden, weight = (torch.zeros(n, self.E, dtype=torch.bfloat16) for n in (N, V))
@@ -187,8 +187,8 @@ class LinearCrossEntropyLaunch:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        modules = ("linear_cross_entropy", "linear_cross_entropy_backward")
-        return (*modules, "linear_cross_entropy_kept") if self.kept else modules
+        modules = ("loss.linear_cross_entropy", "loss.linear_cross_entropy_backward")
+        return (*modules, "loss.linear_cross_entropy_kept") if self.kept else modules
 
 
 def linear_cross_entropy_memory(arch: str, N: int, V: int, E: int, bias: bool) -> concurrent.futures.Future[Any]:
@@ -201,7 +201,7 @@ def _linear_cross_entropy_memory(arch: str, N: int, V: int, E: int, bias: bool) 
     import torch
     from gpu_compile.stand_in import DeviceMemory, compiled_for
 
-    from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_backward
+    from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_backward
 
     hidden, weight = (torch.empty(n, E, dtype=torch.bfloat16) for n in (N, V))
     target, row, biases = torch.empty(N, dtype=torch.int64), torch.empty(N), torch.empty(V) if bias else None
@@ -225,7 +225,7 @@ def _kept_memory(arch: str, N: int, V: int, E: int) -> int:
     import torch
     from gpu_compile.stand_in import DeviceMemory, compiled_for
 
-    from gpt4v_fast.kernels import linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_kept
+    from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_kept
 
     hidden, weight = (torch.empty(n, E, dtype=torch.bfloat16) for n in (N, V))
     target, row = torch.empty(N, dtype=torch.int64), torch.empty(N)
@@ -255,12 +255,8 @@ def _relaunched(arch: str) -> tuple[list[Any], list[Any]]:
     import torch
     from gpu_compile.stand_in import StandInDriver, compiled_for
 
-    from gpt4v_fast.kernels import (
-        common,
-        linear_cross_entropy,
-        linear_cross_entropy_backward,
-        linear_cross_entropy_kept,
-    )
+    from gpt4v_fast.kernels import common
+    from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_backward, linear_cross_entropy_kept
 
     told: list[Any] = []
 
