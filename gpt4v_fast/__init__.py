@@ -11,7 +11,13 @@ Each op runs on C++ SIMD kernels on a CPU and on Triton or CUDA kernels on a GPU
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
+
+# A wheel has kernels/ and benchmarks/ in this package. In a source tree, which an editable install runs from, they lie
+# beside it, and setuptools' finder for editable installs does not know kernels/, a folder without __init__.py.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).parent.parent))
 
 from gpt4v_fast.backends import FallbackError, explain, force, strict
 from gpt4v_fast.masks import Mask
