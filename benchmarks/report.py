@@ -28,7 +28,7 @@ def case_text(result: Mapping[str, Any]) -> str:
     head = f"{result['op']} {result['case']} {result['dtype']} {result['direction']}  ({shape})"
     if peak is not None:
         head += f"  peak {peak:.0f} {result['unit']}"
-    if (apart := result.get("handoff_ns")) is not None:  # not in older records
+    if (apart := result["handoff_ns"]) is not None:
         head += f", cores {apart['median']:.0f} ns apart ({apart['least']:.0f} to {apart['most']:.0f})"
     return "\n".join([head, *(f"  {line}" for line in _rows(result)), f"  => {standing(result)}"])
 
@@ -75,11 +75,13 @@ def summary_text(record: Mapping[str, Any]) -> str:
     results = record["results"]
     ratios = [r["ratio"] for r in results if r["ratio"] is not None]
     faster, slower = sum(r > 1 + SAME for r in ratios), sum(r < 1 - SAME for r in ratios)
-    dropped = sum(row.get("dropped", 0) for r in results for row in r["contenders"])
-    counted = sum(len(row.get("samples_ms", ())) for r in results for row in r["contenders"])
+    dropped = sum(row["dropped"] for r in results for row in r["contenders"])
+    counted = sum(row["samples"] for r in results for row in r["contenders"])
     peaks = record["peaks"]
+    runs = [record, *record.get("earlier", ())]
     lines = [
         "",
+        *(f"run of {head['date'][:16]} at {head['commit']}: {head['command']}" for head in runs),
         f"{_machine(record)}; peaks {peaks['fma']:.0f} GFLOP/s {'fp32' if _on_gpu(record) else 'FMA'}, "
         f"{peaks['dot_bf16']:.0f} GFLOP/s bf16, {peaks['read']:.0f} GB/s {'copy' if _on_gpu(record) else 'read'}",
         f"{len(results)} cases: {faster} faster than the best peer, {slower} slower, "
@@ -102,7 +104,7 @@ def summary_text(record: Mapping[str, Any]) -> str:
 
 
 def _on_gpu(record: Mapping[str, Any]) -> bool:
-    return bool(record.get("device") == "cuda")  # not in older records
+    return bool(record["device"] == "cuda")
 
 
 def _machine(record: Mapping[str, Any]) -> str:
