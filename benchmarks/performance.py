@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from . import record
 from .record import SAME
+from .report import counts, is_beaten
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,11 +39,14 @@ samples counted than the run asked for.
 
 
 class Standing(NamedTuple):
-    """How a group of cases stands: the ratios of those that have one."""
+    """A group of cases, of which at least one has a ratio."""
 
     name: str
-    ratios: list[float]
-    cases: int
+    results: list[Mapping[str, Any]]
+
+    @property
+    def ratios(self) -> list[float]:
+        return [result["ratio"] for result in self.results if result["ratio"] is not None]
 
     @property
     def mean(self) -> float:
@@ -76,18 +80,11 @@ def _all_runs(of_machine: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _summary(by_name: Mapping[str, Mapping[str, Any]]) -> str:
     rows = [
-        [_title(name).split(":")[0], group.name, group.cases, *_counts(group.ratios), f"{group.mean:.2f}"]
+        [_title(name).split(":")[0], group.name, len(group.results), *counts(group.results), f"{group.mean:.2f}"]
         for name, of_machine in by_name.items()
         for group in _standings(of_machine, "op", curves=True)
     ]
     return _markdown(["machine", "op", "cases", "faster", "same", "slower", "geometric mean of the ratios"], rows)
-
-
-def _counts(ratios: Iterable[float]) -> tuple[int, int, int]:
-    """Faster, the same, slower."""
-    ratios = list(ratios)
-    faster, slower = sum(r > 1 + SAME for r in ratios), sum(r < 1 - SAME for r in ratios)
-    return faster, len(ratios) - faster - slower, slower
 
 
 def _standings(of_machine: Mapping[str, Any], *fields: str, curves: bool) -> list[Standing]:
@@ -96,11 +93,7 @@ def _standings(of_machine: Mapping[str, Any], *fields: str, curves: bool) -> lis
     for result in of_machine["results"]:
         if curves or result["point"] is None:
             groups.setdefault(" ".join(result[field] for field in fields), []).append(result)
-    found = [
-        Standing(name, [result["ratio"] for result in results if result["ratio"] is not None], len(results))
-        for name, results in groups.items()
-    ]
-    return [standing for standing in found if standing.ratios]
+    return [group for name, results in groups.items() if (group := Standing(name, results)).ratios]
 
 
 def _slower(by_name: Mapping[str, Mapping[str, Any]]) -> str:
@@ -109,7 +102,7 @@ def _slower(by_name: Mapping[str, Mapping[str, Any]]) -> str:
         [_title(name).split(":")[0], f"{result['op']} {_case(result)}", result["best_peer"], _ratio(result)]
         for name, of_machine in by_name.items()
         for result in of_machine["results"]
-        if result["ratio"] is not None and result["ratio"] < 1 - SAME
+        if is_beaten(result)
     ]
     head = f"## Slower than a peer\n\n{len(rows)} cases, by more than {100 * SAME:.0f}%.\n\n"
     return head + _markdown(["machine", "case", "peer", "ratio"], rows)
