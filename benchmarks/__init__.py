@@ -8,6 +8,8 @@ timing.py     interleaved rounds between peak probes; peaks.py has the probes
 memory.py     extra memory of one call, in a process of its own
 runner.py     runs cases; record.py keeps the record (JSON), report.py shows it: table, HTML with plots.py
 command.py    the options
+performance.py  writes docs/performance.md and its picture from the records in results/
+bits.py       which bits the kernels give, and whether they are still the same; its cases stand in bits_*.py
 
 docs/benchmarks.md says how to run them and how numbers are taken.
 """

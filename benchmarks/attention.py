@@ -14,7 +14,7 @@ from gpt4v_fast import reference
 
 from . import scales
 from .attention_peers import LEAVES, contenders
-from .registry import DTYPES, Case, Expected, Inputs, compute_bound
+from .registry import DTYPES, Case, Expected, Inputs, compute_bound, expanded
 
 TRAINING = ("forward", "backward", "forward+backward")
 
@@ -136,9 +136,7 @@ PRODUCTS = {"forward": 2, "backward": 5, "forward+backward": 7}
 
 
 def cases() -> list[Case]:
-    return [
-        case(shape, dtype, direction) for shape in SHAPES for dtype in shape.dtypes for direction in shape.directions
-    ]
+    return expanded(SHAPES, case)
 
 
 def case(shape: Shape, dtype_name: str, direction: str) -> Case:
@@ -159,6 +157,7 @@ def case(shape: Shape, dtype_name: str, direction: str) -> Case:
         make_inputs=lambda: make_inputs(shape, dtype),
         expected=lambda inputs: expected(inputs, direction),
         contenders=contenders(shape),
+        leaves=LEAVES,
         copies=shape.copies,
         part=shape.part,
         warm_up_inputs=lambda: make_inputs(dataclasses.replace(shape, S=min(shape.S, 16), T=shape.T and 16), dtype),

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 import gpt4v_fast as gf
 
 from . import engines
-from .registry import Case, Contender, Function, Inputs, Outputs, Run, Unavailable, timed
+from .registry import Case, Contender, Inputs, Outputs, Run, Unavailable, by
 
 if TYPE_CHECKING:
     from .attention import Shape
@@ -22,13 +22,9 @@ if TYPE_CHECKING:
 LEAVES = ("q", "k", "v")
 
 
-def _make(function: Function) -> Callable[[Case, Inputs], Run]:
-    return lambda case, inputs: timed(case.direction, function, inputs, LEAVES, inputs["upstream"])
-
-
 def _ours(case: Case, inputs: Inputs) -> Run:
     mask = inputs["shape"].gf_mask
-    return _make(lambda x: gf.attention(x["q"], x["k"], x["v"], mask=mask))(case, inputs)
+    return by(lambda x: gf.attention(x["q"], x["k"], x["v"], mask=mask))(case, inputs)
 
 
 def _sdpa(case: Case, inputs: Inputs) -> Run:
@@ -38,7 +34,7 @@ def _sdpa(case: Case, inputs: Inputs) -> Run:
     causal = shape.mask == "causal"
     dense = _dense(shape)
     gqa = {"enable_gqa": True} if shape.groups > 1 else {}
-    return _make(
+    return by(
         lambda x: F.scaled_dot_product_attention(x["q"], x["k"], x["v"], attn_mask=dense, is_causal=causal, **gqa)
     )(case, inputs)
 
@@ -70,7 +66,7 @@ def _sdpa_repeated(case: Case, inputs: Inputs) -> Run:
         k, v = (x[name].repeat_interleave(shape.groups, dim=1) for name in ("k", "v"))
         return F.scaled_dot_product_attention(x["q"], k, v, is_causal=shape.mask == "causal")
 
-    return _make(function)(case, inputs)
+    return by(function)(case, inputs)
 
 
 def _sdpa_folded(case: Case, inputs: Inputs) -> Run:
@@ -81,7 +77,7 @@ def _sdpa_folded(case: Case, inputs: Inputs) -> Run:
         folded = x["q"].view(shape.B, -1, shape.groups, shape.D)
         return F.scaled_dot_product_attention(folded, x["k"], x["v"]).view(x["q"].shape)
 
-    return _make(function)(case, inputs)
+    return by(function)(case, inputs)
 
 
 def _flex(case: Case, inputs: Inputs) -> Run:
@@ -97,7 +93,7 @@ def _flex(case: Case, inputs: Inputs) -> Run:
         warnings.simplefilter("ignore", DeprecationWarning)
         compiled = torch.compile(flex_attention, dynamic=False)
     gqa = shape.groups > 1
-    return _make(lambda x: compiled(x["q"], x["k"], x["v"], block_mask=blocks, enable_gqa=gqa))(case, inputs)
+    return by(lambda x: compiled(x["q"], x["k"], x["v"], block_mask=blocks, enable_gqa=gqa))(case, inputs)
 
 
 def _mask_rule(shape: Shape) -> Callable[..., torch.Tensor] | None:

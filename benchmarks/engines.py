@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .registry import Run, Unavailable, fastest
+from .registry import Run, Unavailable, fastest, import_peers
 
 OPSET = 23  # of ONNX: the first with Attention
 IR_VERSION = 10
@@ -66,17 +66,9 @@ class _Inference:
         return {"out": self.out}
 
 
-def _import(*names: str) -> list[Any]:
-    try:
-        return [importlib.import_module(name) for name in names]
-    except ImportError as error:
-        missing = (error.name or names[0]).split(".")[0]
-        raise Unavailable(f'{missing} is not installed (pip install "gpt4v_fast[bench-peers]")') from None
-
-
 def openvino(problem: Problem) -> Run:
     """ScaledDotProductAttention, or the products and softmax it stands for, with each performance hint."""
-    (ov,) = _import("openvino")
+    (ov,) = import_peers("openvino")
     ops = importlib.import_module("openvino.opset13")
     candidates: dict[str, Callable[[], Run]] = {}
     for (mask_name, mask), hint in itertools.product(problem.masks().items(), ("LATENCY", "THROUGHPUT")):
@@ -178,7 +170,7 @@ def _ov_products(ov: Any, ops: Any, problem: Problem, operands: Mapping[str, Any
 
 def onnxruntime(problem: Problem) -> Run:
     """com.microsoft MultiHeadAttention and GroupQueryAttention where they apply, and ONNX's own Attention."""
-    ort, onnx = _import("onnxruntime", "onnx")
+    ort, onnx = import_peers("onnxruntime", "onnx")
     if problem.q.dtype == torch.bfloat16:
         raise Unavailable("ONNX Runtime's kernels for a CPU take fp32 and fp16, not bf16")
     B, H, S, _ = problem.q.shape

@@ -13,7 +13,7 @@ from gpt4v_fast import reference
 
 from . import loss_peers, scales
 from .loss_peers import IGNORE
-from .registry import DTYPES, Case, Expected, Inputs, compute_bound
+from .registry import DTYPES, Case, Expected, Inputs, compute_bound, expanded
 
 BOTH = ("forward", "forward+backward")
 TRAINING = ("forward+backward",)
@@ -92,12 +92,9 @@ DEFAULT = (
 
 
 def cases() -> list[Case]:
-    default = [
-        _case(shape, dtype, direction) for shape in DEFAULT for dtype in shape.dtypes for direction in shape.directions
-    ]
+    default = expanded(DEFAULT, _case)
     known = {case.id for case in default}
-    rest = [_case(shape, dtype, direction) for shape in _grid() for dtype in shape.dtypes for direction in BOTH]
-    return default + [case for case in rest if case.id not in known]
+    return default + [case for case in expanded(_grid(), _case) if case.id not in known]
 
 
 def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
@@ -127,12 +124,17 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
         make_inputs=lambda: make_inputs(shape, dtype),
         expected=lambda inputs: expected(inputs, direction),
         contenders=loss_peers.linear_contenders(direction) if shape.E else loss_peers.LOGITS_CONTENDERS,
+        leaves=_leaves(shape.E > 0),
         check_inputs=first_tokens if big else None,
         part=shape.part,
         warm_up_inputs=lambda: make_inputs(replace(shape, N=8, V=64), dtype),
         measures_memory=shape.E > 0 and not forward,
         resident_bytes=inputs_bytes * (1 if forward else 2),
     )
+
+
+def _leaves(linear: bool) -> tuple[str, ...]:
+    return ("hidden", "weight") if linear else ("logits",)
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype) -> Inputs:
@@ -170,7 +172,7 @@ def first_tokens(inputs: Inputs) -> Inputs:
 
 def expected(inputs: Inputs, direction: str) -> list[Expected]:
     """The oracle's mean loss and gradients in fp64, summed over chunks of tokens to bound the memory."""
-    names = loss_peers.leaves(inputs)
+    names = _leaves("weight" in inputs)
     exact = {name: inputs[name].double() for name in names}
     target, dtype = inputs["target"], inputs[names[0]].dtype
     count = int((target != IGNORE).sum())

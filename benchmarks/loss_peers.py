@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import gpt4v_fast as gf
 
-from .registry import Case, Contender, Function, Inputs, Run, Unavailable, timed
+from .registry import Case, Contender, Inputs, Run, Unavailable, by, import_peers
 
 IGNORE = -100
 # PyTorch's chunked form is 10 to 25 times slower than the plain way in bf16: one call says so, more only take time.
@@ -25,16 +25,8 @@ CHUNKED_BUDGET_SHARE = 0.2
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Any]  # of hidden, weight and target
 
 
-def leaves(inputs: Inputs) -> tuple[str, ...]:
-    return ("hidden", "weight") if "weight" in inputs else ("logits",)
-
-
-def _make(function: Function) -> Callable[[Case, Inputs], Run]:
-    return lambda case, inputs: timed(case.direction, function, inputs, leaves(inputs), inputs["upstream"])
-
-
 def _linear(function: Loss) -> Callable[[Case, Inputs], Run]:
-    return _make(lambda x: function(x["hidden"], x["weight"], x["target"]))
+    return by(lambda x: function(x["hidden"], x["weight"], x["target"]))
 
 
 def _compiled(get: Callable[[], Loss]) -> Callable[[Case, Inputs], Run]:
@@ -63,34 +55,23 @@ def _torch_linear_chunked(case: Case, inputs: Inputs) -> Run:
 
 
 def _cut_cross_entropy(case: Case, inputs: Inputs) -> Run:
-    try:
-        from cut_cross_entropy.torch_compile import torch_compile_linear_cross_entropy
-    except ImportError as error:
-        missing = (error.name or "cut_cross_entropy").split(".")[0]
-        raise Unavailable(f'{missing} is not installed (pip install "gpt4v_fast[bench-peers]")') from None
-    return _linear(torch_compile_linear_cross_entropy)(case, inputs)
+    (peer,) = import_peers("cut_cross_entropy.torch_compile")
+    return _linear(peer.torch_compile_linear_cross_entropy)(case, inputs)
 
 
 def _cut_cross_entropy_triton(**options: Any) -> Callable[[Case, Inputs], Run]:
     def make(case: Case, inputs: Inputs) -> Run:
-        try:
-            from cut_cross_entropy import linear_cross_entropy
-        except ImportError as error:
-            missing = (error.name or "cut_cross_entropy").split(".")[0]
-            raise Unavailable(f'{missing} is not installed (pip install "gpt4v_fast[bench-peers]")') from None
+        (peer,) = import_peers("cut_cross_entropy")
         if case.dtype == torch.float32:
             raise Unavailable("cut-cross-entropy's Triton kernels take bf16 and fp16")
-        return _linear(lambda h, w, y: linear_cross_entropy(h, w, y, impl="cce", **options))(case, inputs)
+        return _linear(lambda h, w, y: peer.linear_cross_entropy(h, w, y, impl="cce", **options))(case, inputs)
 
     return make
 
 
 def _liger(case: Case, inputs: Inputs) -> Run:
-    try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-    except ImportError as error:
-        raise Unavailable(f"{(error.name or 'liger_kernel').split('.')[0]} is not installed") from None
-    return _linear(lambda h, w, y: liger_fused_linear_cross_entropy(h, w, y))(case, inputs)
+    (peer,) = import_peers("liger_kernel.transformers.functional", how="")
+    return _linear(lambda h, w, y: peer.liger_fused_linear_cross_entropy(h, w, y))(case, inputs)
 
 
 def _logits_bytes(per_logit: Callable[[bool, int], float], rows: str = "N") -> Callable[[Case], float]:
@@ -144,7 +125,7 @@ def linear_contenders(direction: str) -> tuple[Contender, ...]:
 
 
 def _logits(function: Callable[[torch.Tensor, torch.Tensor], Any]) -> Callable[[Case, Inputs], Run]:
-    return _make(lambda x: function(x["logits"], x["target"]))
+    return by(lambda x: function(x["logits"], x["target"]))
 
 
 def _of_float(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -154,9 +135,7 @@ def _of_float(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 LOGITS_CONTENDERS = (
     Contender("gpt4v_fast", _logits(gf.cross_entropy), ours=True),
     Contender("F.cross_entropy", _logits(F.cross_entropy)),
-    Contender(
-        "F.cross_entropy(logits.float())", _logits(lambda logits, target: F.cross_entropy(logits.float(), target))
-    ),
+    Contender("F.cross_entropy(logits.float())", _logits(_of_float)),
     Contender(
         "F.cross_entropy(logits.float()), compiled",
         lambda case, inputs: _logits(torch.compile(_of_float, dynamic=False))(case, inputs),

@@ -13,7 +13,7 @@ import gpt4v_fast as gf
 from gpt4v_fast import reference
 
 from . import scales
-from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, compute_bound, timed
+from .registry import DTYPES, Case, Contender, Expected, Function, Inputs, Run, by, compute_bound, expanded
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 LEAVES = ("weight", "bias")
@@ -71,9 +71,7 @@ SHAPES = (
 
 
 def cases() -> list[Case]:
-    return [
-        _case(shape, dtype, direction) for shape in SHAPES for dtype in shape.dtypes for direction in shape.directions
-    ]
+    return expanded(SHAPES, _case)
 
 
 def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
@@ -94,6 +92,7 @@ def _case(shape: Shape, dtype_name: str, direction: str) -> Case:
         make_inputs=lambda: make_inputs(shape, dtype),
         expected=lambda inputs: expected(inputs, direction),
         contenders=contenders(shape),
+        leaves=LEAVES,
         part=shape.part,
     )
 
@@ -153,7 +152,7 @@ def _patches(pixels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def _make(function: Function) -> Callable[[Case, Inputs], Run]:
     def make(case: Case, inputs: Inputs) -> Run:
-        run = timed(case.direction, function, inputs, LEAVES, inputs["upstream"])
+        run = by(function)(case, inputs)
 
         def flat() -> dict[str, torch.Tensor]:
             outputs = run()

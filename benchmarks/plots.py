@@ -62,7 +62,7 @@ def _bars(new_figure: Callable[..., Figure], results: Results) -> Figure:
             (y + i * height, 100 * row["share_of_peak"])
             for y, r in enumerate(results)
             for row in r["contenders"]
-            if row["name"] == name and row.get("share_of_peak") is not None
+            if row["name"] == name and row["share_of_peak"] is not None
         ]
         axes.barh([y for y, _ in bars], [x for _, x in bars], height=height, label=name)
     axes.set_yticks([y + 0.4 - height / 2 for y in range(len(results))])

@@ -104,6 +104,7 @@ class Case:
         warm_up_inputs: tiny inputs of the same kind.
         measures_memory: a call's extra memory is measured too (memory.py).
         resident_bytes: inputs and results.
+        leaves: the inputs whose gradients the backward pass gives.
     """
 
     op: str
@@ -124,6 +125,7 @@ class Case:
     measures_memory: bool = False
     resident_bytes: float = 0.0
     point: Point | None = None
+    leaves: tuple[str, ...] = ()
 
     @property
     def dtype_name(self) -> str:
@@ -191,6 +193,13 @@ def cases(
     return chosen
 
 
+def expanded(shapes: Iterable[Any], case: Callable[[Any, str, str], Case]) -> list[Case]:
+    """A case for each dtype and direction of each shape."""
+    return [
+        case(shape, dtype, direction) for shape in shapes for dtype in shape.dtypes for direction in shape.directions
+    ]
+
+
 def find(case_id: str) -> Case:
     """The case of this id, whatever its part."""
     modules = [importlib.import_module(f".{name}", __package__) for name in MODULES[case_id.split("/")[0]]]
@@ -204,6 +213,19 @@ def _known(what: str, given: Iterable[str] | None, allowed: Iterable[str]) -> li
         if name not in allowed:
             raise ValueError(f"{what}: expected one of {', '.join(allowed)}, got {name!r}")
     return given
+
+
+def import_peers(*names: str, how: str = ' (pip install "gpt4v_fast[bench-peers]")') -> list[Any]:
+    """The modules of a peer that is no dependency.
+
+    Raises:
+        Unavailable: one is not installed; `how` says how to get it.
+    """
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        missing = (error.name or names[0]).split(".")[0]
+        raise Unavailable(f"{missing} is not installed{how}") from None
 
 
 @dataclass(frozen=True)
@@ -248,6 +270,11 @@ def _seconds(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def by(function: Function) -> Callable[[Case, Inputs], Run]:
+    """`Contender.make` of a forward function."""
+    return lambda case, inputs: timed(case.direction, function, inputs, case.leaves, inputs["upstream"])
 
 
 def timed(

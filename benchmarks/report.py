@@ -21,6 +21,18 @@ def standing(result: Mapping[str, Any]) -> str:
     return result["verdict"] + (" (unsure: too few samples counted)" if unsure else "")
 
 
+def is_beaten(result: Mapping[str, Any]) -> bool:
+    """Whether a peer is faster by more than is worth a word."""
+    return result["ratio"] is not None and result["ratio"] < 1 - SAME
+
+
+def counts(results: Sequence[Mapping[str, Any]]) -> tuple[int, int, int]:
+    """How many cases are faster than the best peer, the same and slower."""
+    ratios = [r["ratio"] for r in results if r["ratio"] is not None]
+    faster, slower = sum(ratio > 1 + SAME for ratio in ratios), sum(map(is_beaten, results))
+    return faster, len(ratios) - faster - slower, slower
+
+
 def case_text(result: Mapping[str, Any]) -> str:
     """One case for the terminal: a line per contender and the verdict."""
     shape = " ".join(f"{name}={size}" for name, size in result["shape"].items())
@@ -28,7 +40,7 @@ def case_text(result: Mapping[str, Any]) -> str:
     head = f"{result['op']} {result['case']} {result['dtype']} {result['direction']}  ({shape})"
     if peak is not None:
         head += f"  peak {peak:.0f} {result['unit']}"
-    if (apart := result.get("handoff_ns")) is not None:  # not in older records
+    if (apart := result["handoff_ns"]) is not None:
         head += f", cores {apart['median']:.0f} ns apart ({apart['least']:.0f} to {apart['most']:.0f})"
     return "\n".join([head, *(f"  {line}" for line in _rows(result)), f"  => {standing(result)}"])
 
@@ -73,17 +85,18 @@ def _missing(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def summary_text(record: Mapping[str, Any]) -> str:
     """The end of a run: the machine, and how many cases are faster, slower or without comparison."""
     results = record["results"]
-    ratios = [r["ratio"] for r in results if r["ratio"] is not None]
-    faster, slower = sum(r > 1 + SAME for r in ratios), sum(r < 1 - SAME for r in ratios)
-    dropped = sum(row.get("dropped", 0) for r in results for row in r["contenders"])
-    counted = sum(len(row.get("samples_ms", ())) for r in results for row in r["contenders"])
+    faster, same, slower = counts(results)
+    dropped = sum(row["dropped"] for r in results for row in r["contenders"])
+    counted = sum(row["samples"] for r in results for row in r["contenders"])
     peaks = record["peaks"]
+    runs = [record, *record.get("earlier", ())]
     lines = [
         "",
+        *(f"run of {head['date'][:16]} at {head['commit']}: {head['command']}" for head in runs),
         f"{_machine(record)}; peaks {peaks['fma']:.0f} GFLOP/s {'fp32' if _on_gpu(record) else 'FMA'}, "
         f"{peaks['dot_bf16']:.0f} GFLOP/s bf16, {peaks['read']:.0f} GB/s {'copy' if _on_gpu(record) else 'read'}",
         f"{len(results)} cases: {faster} faster than the best peer, {slower} slower, "
-        f"{len(ratios) - faster - slower} the same, {len(results) - len(ratios)} without comparison",
+        f"{same} the same, {len(results) - faster - same - slower} without comparison",
         f"{counted} samples counted, {dropped} dropped because the machine's peak moved around them",
     ]
     lines += [f"  not run: {name}: {reason}" for name, reason in _missing(results).items()]
@@ -93,16 +106,14 @@ def summary_text(record: Mapping[str, Any]) -> str:
             f"The machine was busy before this run (load {before[0]} on {record['cores']} cores): do not publish"
         )
     lines += [
-        f"  slower: {r['op']} {r['case']} {r['dtype']} {r['direction']}: {standing(r)}"
-        for r in results
-        if r["ratio"] is not None and r["ratio"] < 1 - SAME
+        f"  slower: {r['op']} {r['case']} {r['dtype']} {r['direction']}: {standing(r)}" for r in results if is_beaten(r)
     ]
     lines += [f"  {line}" for line in [*memory_lines(results), *curve_lines(results)]]
     return "\n".join(lines)
 
 
 def _on_gpu(record: Mapping[str, Any]) -> bool:
-    return bool(record.get("device") == "cuda")  # not in older records
+    return bool(record["device"] == "cuda")
 
 
 def _machine(record: Mapping[str, Any]) -> str:
@@ -193,8 +204,7 @@ def html_report(record: Mapping[str, Any]) -> str:
 def _html_case(result: Mapping[str, Any]) -> str:
     shape = " ".join(f"{name}={size}" for name, size in result["shape"].items())
     name = f"{result['case']}, {result['dtype']}, {result['direction']}"
-    slower = result["ratio"] is not None and result["ratio"] < 1 - SAME
-    verdict_class = ' class="slower"' if slower else ""
+    verdict_class = ' class="slower"' if is_beaten(result) else ""
     rows = [[row["name"], *_cells(row, result["unit"])] for row in result["contenders"]]
     return (
         f"<h3>{html.escape(name)}</h3><p>{html.escape(shape)}<br>"

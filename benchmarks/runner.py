@@ -14,7 +14,7 @@ import torch
 import gpt4v_fast as gf
 
 from . import check, gpu, memory, record, timing
-from .peaks import READ_BYTES, UNITS, Peaks
+from .peaks import READ_BYTES, Peaks
 from .registry import Case, Chosen, Contender, Inputs, Outputs, Run, Unavailable
 
 LARGEST_SHARE = 0.85  # of the free memory: what is estimated to take more is not tried
@@ -162,12 +162,12 @@ def run_case(
             handoff_ns=peaks.handoff_ns, clock=peaks.clock, on_sample=progress.sample,
         )  # fmt: skip
     for name, taken in measured.timings.items():
-        rows[name] |= record.timing_fields(taken, case.work, measured.peak)
+        rows[name] |= record.timing_fields(taken)
         if not taken.samples_s:
             rows[name] |= {"status": "noisy", "reason": "the peak probes around every sample disagreed"}
         elif len(taken.samples_s) < settings.rounds:
             rows[name]["reason"] = f"only {len(taken.samples_s)} of {settings.rounds} samples counted"
-    return record.result(case, UNITS[case.bound], measured, list(rows.values()))
+    return record.result(case, measured, list(rows.values()))
 
 
 def _row(
@@ -178,17 +178,7 @@ def _row(
     available: int | None,
 ) -> dict[str, Any]:
     """A contender's row before anything is checked or timed: its memory, and why it can't be timed, if it can't."""
-    row = {
-        "name": contender.name,
-        "ours": contender.ours,
-        "status": "timed",
-        "reason": None,
-        "error": None,
-        "extra_bytes": None,
-        "memory_reason": None,
-        "one_call_s": None,
-        "setting": None,
-    }
+    row = {**record.ROW, "name": contender.name, "ours": contender.ours}
     needed = case.resident_bytes + contender.extra_bytes(case)
     if available is not None and needed > LARGEST_SHARE * available:
         why = f"it takes about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"

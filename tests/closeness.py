@@ -1,12 +1,8 @@
 """The one assertion: a fast result is right when it is about as close to the exact one as PyTorch's own is.
 
-    |fast - exact| <= 2 |native - exact| + floor,    element by element
-    floor = one unit in the last place of the row's scale + 5 times the row's spread
-
-exact is the fp64 oracle, native is plain PyTorch in the tested dtype, and the row's scale is the largest magnitude in
-the row of exact: along the last dimension, always. The spread is measured: the root mean square of how far the oracle
-itself moves when each of its steps is rounded at random to what a kernel holds (random_rounding.py), the largest in the
-row. docs/math.md, "How close is close enough", derives it. NaN never passes; infinities stand where exact has them.
+The rule and its constants stand in gpt4v_fast/reference/closeness.py. Here the spread is measured: the root mean square
+of how far the oracle itself moves when each of its steps is rounded at random to what a kernel holds
+(random_rounding.py), the largest in the row.
 """
 
 from __future__ import annotations
@@ -19,8 +15,8 @@ from typing import Any
 import torch
 from random_rounding import RandomRounding
 
-FLOOR_ULPS = 1.0  # half for rounding the result, half for the last step before
-SPREADS = 5.0  # standard deviations: one element in 1.7 million of normally distributed errors of just that spread
+from gpt4v_fast.reference.closeness import judge, native_error, row_largest, units
+
 SAMPLES = (4, 16)  # the spread of 4 runs; where that does not do, of 16 more
 
 Spread = Callable[[int], torch.Tensor]
@@ -46,40 +42,20 @@ def assert_close(
     )
     if fast.numel() == 0:
         return
-    got, want, plain = fast.detach().double(), exact.detach().double(), native.detach().double()
-    infinite = torch.isinf(want)
-    same_infinities = torch.where(infinite, got == want, torch.isfinite(got))
-    info = torch.finfo(fast.dtype)
-    ulp = info.eps * row_largest(want.masked_fill(infinite, 0.0)).clamp(min=info.tiny)
-    native_error = torch.where(infinite | ~torch.isfinite(plain), 0.0, (plain - want).abs().nan_to_num())
-    error = torch.where(infinite, 0.0, (got - want).abs())
-    allowed = 2 * native_error + FLOOR_ULPS * ulp
-
-    def wrong() -> torch.Tensor:
-        return ~((error <= allowed) & same_infinities)  # a NaN compares false, and so is wrong
-
-    if spread is not None:
-        for samples in SAMPLES:
-            if not wrong().any():
-                return
-            allowed = 2 * native_error + FLOOR_ULPS * ulp + SPREADS * spread(samples)
-    bad = wrong()
-    if bad.any():
-        excess = torch.where(bad, (error / allowed).nan_to_num(nan=torch.inf), 0.0)
-        worst = int(excess.argmax())
-        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), want.shape))
-        floor = (allowed - 2 * native_error)[place]
-        raise AssertionError(
-            f"{name}: {int(bad.sum())} of {bad.numel()} elements are too far off; the worst is at {place}: "
-            f"fast {got[place]:.9g}, exact {want[place]:.9g}, native {plain[place]:.9g}, "
-            f"error {error[place]:.3g} > 2 * {native_error[place]:.3g} + {floor:.3g} "
-            f"(a unit of the row's scale is {ulp.expand_as(want)[place]:.3g})"
-        )
-
-
-def row_largest(x: torch.Tensor) -> torch.Tensor:
-    """The largest magnitude along the last dimension, kept as a dimension of 1."""
-    return x.abs().amax(dim=-1, keepdim=True) if x.dim() else x.abs()
+    for samples in (0, *SAMPLES) if spread is not None else (0,):
+        of_row = spread(samples) if spread is not None and samples else None
+        judged = judge(fast, exact, fast.dtype, native=native, spread=of_row)
+        if not judged.wrong.any():
+            return
+    shares = torch.where(judged.wrong, judged.shares, 0.0)
+    place = tuple(int(i) for i in torch.unravel_index(shares.argmax(), shares.shape))
+    own = 2 * native_error(native, exact.double())[place]
+    raise AssertionError(
+        f"{name}: {int(judged.wrong.sum())} of {fast.numel()} elements are too far off; the worst is at {place}: "
+        f"fast {fast[place]:.9g}, exact {exact[place]:.9g}, native {native[place]:.9g}, "
+        f"error {judged.error[place]:.3g} > 2 * {own / 2:.3g} + {judged.allowed[place] - own:.3g} "
+        f"(a unit of the row's scale is {units(exact.double(), fast.dtype).expand_as(exact)[place]:.3g})"
+    )
 
 
 def compare(
