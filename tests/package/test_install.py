@@ -154,7 +154,7 @@ def install(python, where, *options, **environment):
 
 CHECK = """
 import gpt4v_fast as gf, torch, re, pathlib
-import gpt4v_fast.kernels.attention.forward, gpt4v_fast.kernels.loss.plans, gpt4v_fast.benchmarks.command
+import gpt4v_fast.kernels.loss.plans, gpt4v_fast.benchmarks.command
 import gpt4v_fast._C as native
 q = torch.randn(1, 2, 9, 16)
 print((gf.attention(q, q, q) - torch.nn.functional.scaled_dot_product_attention(q, q, q)).abs().max().item() < 1e-5)
