@@ -30,6 +30,7 @@ COMMON_FLAGS = [
     # Contraction is left to explicit FMA in csrc/simd, so that every ISA rounds where the source says so.
     "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
     "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 header, at every intrinsic
+    "-Wno-unknown-warning-option",  # clang, of the one above
 ]  # fmt: skip
 
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
