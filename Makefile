@@ -7,9 +7,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= torch==2.13.0
-SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu) setup.py pyproject.toml
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+SOURCES := $(filter csrc/%,$(CPP)) setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-gpu sanitized test-sanitize test-sanitized lint format bench build wheel clean
+.PHONY: demo test test-slow test-gpu sanitized test-sanitize test-sanitized lint types format bench build wheel clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -74,16 +75,21 @@ $(VENV)/.lint: pyproject.toml | $(STAMP)
 	$(BIN)/python -m pip install -q --group lint
 	touch $@
 
-lint: $(VENV)/.lint
+lint: $(VENV)/.lint types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# Laid out as in a wheel, with kernels/ and benchmarks/ inside gpt4v_fast.
+types: $(VENV)/.lint
+	rm -rf build/typed
+	$(BIN)/python setup.py -q build_py --build-lib build/typed
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu)
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gpt4v_fast/*.so

@@ -30,6 +30,7 @@ COMMON_FLAGS = [
     # Contraction is left to explicit FMA in csrc/simd, so that every ISA rounds where the source says so.
     "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
     "-Wno-maybe-uninitialized",  # GCC 12's own AVX-512 header, at every intrinsic
+    "-Wno-unknown-warning-option",  # clang, of the one above
 ]  # fmt: skip
 
 AVX512_FLAGS = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"]
@@ -43,8 +44,20 @@ ISA_FLAGS = {
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
+NO_COMPILER = """
+gpt4v_fast builds its CPU kernels with a C++17 compiler, and {program!r} cannot be run.
+  Debian, Ubuntu:  apt-get install g++
+  Fedora:          dnf install gcc-c++
+  conda:           conda install gxx
+Another compiler is named by CXX, for example CXX=g++-13.
+"""
+
+
 def compiler() -> list[str]:
-    return shlex.split(os.environ.get("CXX", "g++"))
+    command = shlex.split(os.environ.get("CXX", "g++"))
+    if not command or shutil.which(command[0]) is None:
+        raise SystemExit(NO_COMPILER.format(program=" ".join(command)))
+    return command
 
 
 def has_tiles() -> bool:

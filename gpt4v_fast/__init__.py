@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 # A wheel has kernels/ and benchmarks/ in this package. In a source tree, which an editable install runs from, they lie
-# beside it, and setuptools' finder for editable installs does not know kernels/, a folder without __init__.py.
-if not (Path(__file__).parent / "kernels").is_dir():
-    __path__.append(str(Path(__file__).parent.parent))
+# beside it, and setuptools' finder for editable installs does not serve kernels/, a folder without __init__.py.
+__path__ = [*__path__, *(str(Path(p).parent) for p in __path__ if not Path(p, "kernels").is_dir())]
 
 from gpt4v_fast.backends import FallbackError, explain, force, strict
 from gpt4v_fast.masks import Mask

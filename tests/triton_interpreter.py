@@ -56,7 +56,7 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def launch(module: str, launcher: str, *args: Any, **kwargs: Any) -> Any:
-    """A launcher of gpt4v_fast.kernels, here and now; for `call(launch, "attention.forward", "attention_forward", ...)`."""
+    """A launcher of gpt4v_fast.kernels, now; for `call(launch, "attention.forward", "attention_forward", ...)`."""
     inputs = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
     _inputs.update({x.untyped_storage().data_ptr(): _extent(x) for x in inputs})
     try:

@@ -194,7 +194,9 @@ def test_queries_that_see_nothing():
     # Not even a NaN that comes back for their lse reaches anything.
     dlse = torch.where(blind, float("nan"), 0.5)[None, None]
     arguments = dict(case.options, dlse=dlse)
-    dq, dk, dv = call(launch, "attention.forward", "attention_backward", torch.ones_like(out), q, k, v, out, lse, **arguments)
+    dq, dk, dv = call(
+        launch, "attention.forward", "attention_backward", torch.ones_like(out), q, k, v, out, lse, **arguments
+    )
     assert (dq[0, 0, blind] == 0).all()
     assert all(torch.isfinite(g).all() for g in (dq, dk, dv))
 

@@ -38,19 +38,27 @@ CHIPS_QUICK = ("sm_80", "sm_90", "gfx942")
 QUICK = [AttentionLaunch(arch, "bfloat16", 64) for arch in CHIPS_QUICK]
 QUICK += [AttentionLaunch(arch, "bfloat16", 128, passes=("forward",)) for arch in CHIPS_QUICK]
 
-# sm_89 has sm_86's instructions and memory, and its entries.
+# Every entry of the tables is compiled, for every chip that has one of its own (sm_89 has sm_86's instructions, memory
+# and entries). An option is compiled on one chip of each instruction set; sizes that share an entry take turns.
 _CHIPS = [arch for arch in CHIPS if arch != "sm_89"]
+_INSTRUCTIONS = ("sm_80", "sm_90", "sm_100", "gfx942")
 _HEAD_SIZES = sorted({head_dim for _, _, head_dim in configs.ATTENTION})
-FULL = [AttentionLaunch(arch, "bfloat16", D) for arch in _CHIPS for D in _HEAD_SIZES]
-FULL += [AttentionLaunch(arch, "bfloat16", D, causal=False) for arch in CHIPS_QUICK for D in _HEAD_SIZES]
-FULL += [AttentionLaunch(arch, "float16", D) for arch in CHIPS_QUICK for D in (64, 128)]
-FULL += [AttentionLaunch(arch, "float32", D) for arch in _CHIPS for D in _HEAD_SIZES]
-FULL += [AttentionLaunch(arch, "float32", *heads, group=4) for arch in _CHIPS for heads in ((136, 256), (192, 128))]
-FULL += [AttentionLaunch(arch, "float32", 256, softcap=30.0, causal=False) for arch in _CHIPS]
-FULL += [AttentionLaunch(arch, "bfloat16", D, group=4) for arch in _CHIPS for D in (72, 80)]
-FULL += [AttentionLaunch(arch, "bfloat16", D, group=4) for arch in _CHIPS for D in (64, 128)]
-FULL += [AttentionLaunch(arch, "bfloat16", 192, 128) for arch in _CHIPS]
-FULL += [AttentionLaunch(arch, "bfloat16", 64, softcap=30.0, causal=False) for arch in _CHIPS]
+FULL = [AttentionLaunch(arch, dtype, D) for arch in _CHIPS for dtype in ("bfloat16", "float32") for D in _HEAD_SIZES]
+FULL += [AttentionLaunch(arch, "bfloat16", 128, causal=False) for arch in CHIPS_QUICK]
+FULL += [AttentionLaunch(arch, "float16", 128) for arch in CHIPS_QUICK]
+FULL += [
+    AttentionLaunch(arch, "float32", *heads, group=4)
+    for arch, heads in zip(_CHIPS, [(136, 256), (192, 128)] * 3, strict=True)
+]
+FULL += [AttentionLaunch(arch, "bfloat16", D, group=4) for arch, D in zip(_CHIPS, (72, 80) * 3, strict=True)]
+for arch in _INSTRUCTIONS:
+    FULL += [
+        AttentionLaunch(arch, "float32", 256, softcap=30.0, causal=False),
+        AttentionLaunch(arch, "bfloat16", 64, softcap=30.0, causal=False),
+        AttentionLaunch(arch, "bfloat16", 64, group=4),
+        AttentionLaunch(arch, "bfloat16", 128, group=4),
+        AttentionLaunch(arch, "bfloat16", 192, 128),
+    ]
 # Values narrower than keys, rows of whole 16 bytes and others.
 NARROW = [
     AttentionLaunch("sm_90", "bfloat16", *heads, causal, passes=("forward",))
@@ -71,31 +79,37 @@ ALL_LOSSES = [
 ]
 
 LINEAR_QUICK = [LinearCrossEntropyLaunch("sm_90", "bfloat16", chunked=True)]
+LINEAR_QUICK += [LinearCrossEntropyLaunch(arch, "bfloat16", passes=("forward",)) for arch in ("sm_80", "gfx942")]
+# sm_90 alone has entries for depths of whole 256 features and for few tokens.
 LINEAR_KEPT = [
     LinearCrossEntropyLaunch(arch, "bfloat16", E, kept=True, **options)
-    for arch in _CHIPS
-    for E, options in ((576, {}), (2304, {}), (576, {"weighted": True, "label_smoothing": 0.1}))
+    for chips, E, options in (
+        (_CHIPS, 576, {}),
+        (_INSTRUCTIONS, 576, {"weighted": True, "label_smoothing": 0.1}),
+        (_INSTRUCTIONS, 2304, {"ragged": True}),
+        (["sm_90"], 2304, {}),
+        (["sm_90"], 576, {"few": True}),
+        (["sm_90"], 2304, {"few": True}),
+    )
+    for arch in chips
 ]
-LINEAR_KEPT += [LinearCrossEntropyLaunch("sm_90", "bfloat16", E, kept=True, few=True) for E in (576, 2304)]
-LINEAR_KEPT += [LinearCrossEntropyLaunch(arch, "bfloat16", 2304, kept=True, ragged=True) for arch in _CHIPS]
-LINEAR_QUICK += [LinearCrossEntropyLaunch(arch, "bfloat16", passes=("forward",)) for arch in ("sm_80", "gfx942")]
 _EVERY_OPTION = {"bias": True, "weighted": True, "label_smoothing": 0.1, "softcap": 30.0, "chunked": True}
 LINEAR_ALL = [
     LinearCrossEntropyLaunch(arch, dtype, E, **options)
-    for arch in _CHIPS
-    for dtype, E, options in (
-        ("bfloat16", 576, {}),
-        ("bfloat16", 2304, {"chunked": True}),
-        ("bfloat16", 2304, _EVERY_OPTION),
-        ("bfloat16", 577, _EVERY_OPTION),
-        ("bfloat16", 720, {"softcap": 30.0}),
-        ("bfloat16", 580, {"bias": True}),
-        ("float16", 576, {"bias": True, "chunked": True, "few": True}),
-        ("float16", 2304, {"chunked": True, "ragged": True}),
-        ("float32", 576, {"chunked": True}),
-        ("float32", 576, _EVERY_OPTION),
-        ("float32", 577, _EVERY_OPTION),
+    for chips, dtype, E, options in (
+        (_CHIPS, "bfloat16", 576, {}),
+        (["sm_90"], "bfloat16", 2304, {"chunked": True}),
+        (_CHIPS, "bfloat16", 2304, _EVERY_OPTION),
+        (_CHIPS, "bfloat16", 577, _EVERY_OPTION),
+        (_CHIPS[::2], "bfloat16", 720, {"softcap": 30.0}),
+        (_CHIPS[1::2], "bfloat16", 580, {"bias": True}),
+        (CHIPS_QUICK, "float16", 576, {"bias": True, "chunked": True, "few": True}),
+        (_INSTRUCTIONS, "float16", 2304, {"chunked": True, "ragged": True}),
+        (_CHIPS, "float32", 576, {"chunked": True}),
+        (CHIPS_QUICK, "float32", 576, _EVERY_OPTION),
+        (_CHIPS, "float32", 577, _EVERY_OPTION),
     )
+    for arch in chips
 ]
 
 
@@ -301,6 +315,30 @@ def test_every_device_has_an_entry(arch):
         for vocabulary in (1, 1000, 50257):
             config = configs.cross_entropy(arch, dtype, vocabulary)
             assert config.num_warps >= 1 and config.block & (config.block - 1) == 0
+
+
+@pytest.mark.parametrize("table", ["ATTENTION", "LINEAR_LOGITS", "LINEAR_PRODUCTS"])
+def test_every_entry_of_the_tables_is_compiled(table, monkeypatch):
+    """By the launches above: look-ups of all of them leave no entry out."""
+    seen = set()
+
+    class Recorder(dict):
+        def get(self, key, default=None):
+            seen.update({key} & self.keys())
+            return super().get(key, default)
+
+        def __getitem__(self, key):
+            seen.add(key)
+            return super().__getitem__(key)
+
+    entries = getattr(configs, table)
+    monkeypatch.setattr(configs, table, Recorder(entries))
+    for launch in (*QUICK, *FULL):
+        configs.attention(launch.arch, getattr(torch, launch.dtype), max(launch.D, launch.Dv or 0))
+    for launch in (*LINEAR_QUICK, *LINEAR_ALL, *LINEAR_KEPT):
+        rich = bool(launch.bias or launch.weighted or launch.label_smoothing or launch.softcap)
+        configs.linear_cross_entropy(launch.arch, getattr(torch, launch.dtype), launch.E, rich)
+    assert seen == set(entries)
 
 
 @pytest.mark.parametrize("launch", _with_slow(NARROW[:1], NARROW), ids=str)

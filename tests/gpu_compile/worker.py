@@ -137,8 +137,7 @@ class LinearCrossEntropyLaunch:
 
         import torch
 
-        from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_backward
-        from gpt4v_fast.kernels.loss import plans
+        from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_backward, plans
 
         dtype = getattr(torch, self.dtype)
         hidden, weight = torch.zeros(384, self.E, dtype=dtype), torch.zeros(self.V, self.E, dtype=dtype)
@@ -165,8 +164,7 @@ class LinearCrossEntropyLaunch:
 
         import torch
 
-        from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_kept
-        from gpt4v_fast.kernels.loss import plans
+        from gpt4v_fast.kernels.loss import linear_cross_entropy, linear_cross_entropy_kept, plans
 
         N, V = self.E // 128 * 128 + 256, self.V
         hidden, weight = (torch.zeros(n, self.E, dtype=torch.bfloat16) for n in (N, V))

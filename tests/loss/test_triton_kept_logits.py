@@ -151,7 +151,9 @@ def _run(hidden, weight, target, constants, options):
         assert kept is not None
         upstream = [torch.ones(target.shape[0]) for _ in range(2)]
         arguments = (*upstream, hidden, weight, target, rows[1], kept)
-        gradients = launch(f"{module}_kept", "linear_cross_entropy_backward_of_kept", *arguments, of_hidden=True, **options)
+        gradients = launch(
+            f"{module}_kept", "linear_cross_entropy_backward_of_kept", *arguments, of_hidden=True, **options
+        )
     return [*rows, *gradients]
 
 
@@ -195,7 +197,9 @@ def _places(hidden, weight, target):
     _, lse, _, kept = launch(module, "linear_cross_entropy_forward_keeping", hidden, weight, None, target, **options)
     ones = torch.ones(target.shape[0])
     arguments = (ones, ones.clone(), hidden, weight, target, lse, kept)
-    _, gradient = launch(f"{module}_kept", "linear_cross_entropy_backward_of_kept", *arguments, of_hidden=False, **options)
+    _, gradient = launch(
+        f"{module}_kept", "linear_cross_entropy_backward_of_kept", *arguments, of_hidden=False, **options
+    )
     return kept.memory.data_ptr(), kept.memory.numel(), gradient.data_ptr(), tuple(gradient.shape)
 
 

@@ -13,6 +13,7 @@ from model_cases import EAGER, OURS, STOCK, make_batch, make_model, prompt, use
 from transformers import Trainer, TrainingArguments
 
 from gpt4v_fast.models.gpt4v import GPT4VForConditionalGeneration, GPT4VModel
+from gpt4v_fast.models.gpt4v.modeling_gpt4v import CACHE
 
 
 def run(model: GPT4VForConditionalGeneration, which: dict[str, str], batch: dict[str, torch.Tensor]):
@@ -154,10 +155,10 @@ def test_cache_equals_no_cache(which, pieces):
                 input_ids=batch["input_ids"][:, start:stop],
                 attention_mask=batch["attention_mask"][:, :stop],
                 pixel_values=batch["pixel_values"] if start == 0 else None,
-                past_key_values=cache,
+                **{CACHE: cache},
                 use_cache=True,
             )
-            cache, start = out.past_key_values, stop
+            cache, start = out[CACHE], stop
             parts.append(out.logits)
         keep = batch["attention_mask"].bool()
         spread = spread_of(lambda: exact_model(**batch).logits[keep], exact[keep])

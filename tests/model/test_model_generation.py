@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from model_cases import IMAGE, make_batch, make_model, prompt
 from transformers.generation.streamers import BaseStreamer
 
+from gpt4v_fast.models.gpt4v.modeling_gpt4v import CACHE
+
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
 def test_greedy_is_the_argmax_of_each_step(use_cache):
@@ -124,7 +126,7 @@ def test_a_second_turn_continues_the_cache():
     more = torch.cat([first.sequences, torch.tensor([[8, 9]])], 1)
     options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
     fresh = model.generate(input_ids=more, pixel_values=pixels, **options)
-    going_on = model.generate(input_ids=more, past_key_values=first.past_key_values, **options)
+    going_on = model.generate(input_ids=more, **{CACHE: first[CACHE]}, **options)
     assert torch.equal(fresh, going_on)
 
 

@@ -1,6 +1,7 @@
-// Gets pages by csrc/simd/pages.h for tests/native/test_pages.py, which says how many of the coming calls are to do without
-// large ones. Prints how many small pages there should be and are, how many there are outside of the memory, how many
-// bytes of what stood there have changed, and how many calls are left; or "unknown" where the system does not know how.
+// Gets pages by csrc/simd/pages.h for tests/native/test_pages.py, which says how many of the coming calls are to do
+// without large ones. Prints how many small pages there should be and are, how many there are outside of the memory,
+// how many bytes of what stood there have changed, and how many calls are left; or "unknown" where the system does not
+// know how.
 #include "simd/pages.h"
 
 #include <sys/mman.h>

@@ -1,5 +1,5 @@
-// Runs rounds of csrc/product/team_tasks.h for tests/native/test_team_tasks.py, which names the number of threads. Prints how
-// many tasks there were, and how many of them ran not once.
+// Runs rounds of csrc/product/team_tasks.h for tests/native/test_team_tasks.py, which names the number of threads.
+// Prints how many tasks there were, and how many of them ran not once.
 #include "product/team_tasks.h"
 
 #include <cstdio>
