@@ -119,7 +119,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _ask(args: argparse.Namespace) -> int:
     from gpt4v_fast.demo import ask
-    from gpt4v_fast.models.gpt4v.image_processing_gpt4v import open_image
+    from gpt4v_fast.models.gpt4v.images_gpt4v import open_image
 
     images = [open_image(path) for path in args.image]  # before the model is loaded: a typo is told at once
     answer = ask(images, args.question, args.checkpoint, args.max_new_tokens)

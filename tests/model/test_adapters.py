@@ -1,4 +1,4 @@
-"""What stands in the place of a plain layer counts: adapters, hooks, quantized and offloaded layers, merged features."""
+"""What stands in the place of a plain layer counts: adapters, hooks, quantized or offloaded layers; merged features."""
 
 from __future__ import annotations
 
