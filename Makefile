@@ -1,6 +1,4 @@
-# make demo   the main job: trains the tiny model on real digits, then answers questions about held-out ones
-# make test   the tests
-# Both make their own virtual environment (.venv) from a bare Python with a C++ compiler.
+# `make help` lists the targets. Each makes its own virtual environment (.venv) from a bare Python with a C++ compiler.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +8,20 @@ TORCH ?= torch==2.13.0
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := $(filter csrc/%,$(CPP)) setup.py pyproject.toml
 
-.PHONY: demo test test-slow test-gpu sanitized test-sanitize test-sanitized lint types format bench build wheel clean
+.PHONY: help demo test test-slow test-gpu sanitized test-sanitize test-sanitized lint types format bench build wheel \
+	clean
+
+help:
+	@echo "make demo           train the tiny model on real digits, then ask it about held-out ones"
+	@echo "make test           the tests"
+	@echo "make test-slow      the longer sweeps"
+	@echo "make test-gpu       the GPU kernels' tests, on a GPU"
+	@echo "make test-sanitize  the CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make bench          times the ops beside their peers"
+	@echo "make build          an editable install with everything that demo and tests need"
+	@echo "make wheel          a wheel in dist/"
+	@echo "make lint           ruff, mypy, clang-format;  make format  mends what they can"
+	@echo "make clean          removes the environment and what was built"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

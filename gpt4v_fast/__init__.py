@@ -11,6 +11,7 @@ Each op runs on C++ SIMD kernels on a CPU and on Triton or CUDA kernels on a GPU
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,8 @@ from gpt4v_fast.reference import LossStats
 
 __version__ = "0.1.0"
 
-# The model needs transformers; it is imported when one of its names is first used.
+# The model needs transformers; it is imported when one of its names is first used. Without transformers these names do
+# not exist: `from gpt4v_fast import *`, dir, hasattr and help work, and using one says what to install.
 _MODEL_NAMES = (
     "GPT4VConfig",
     "GPT4VForConditionalGeneration",
@@ -41,7 +43,13 @@ _MODEL_NAMES = (
     "GPT4VProcessor",
     "GPT4VTokenizer",
 )
+_MODEL_NEEDS = ("transformers", "tokenizers", "safetensors", "PIL")
 _SUBMODULES = ("models", "nn", "reference")
+
+
+def _has_model() -> bool:
+    return all(importlib.util.find_spec(name) for name in _MODEL_NEEDS)
+
 
 __all__ = [
     "FallbackError",
@@ -58,17 +66,24 @@ __all__ = [
     "patch_embed",
     "patch_embed_packed",
     "strict",
-    *_MODEL_NAMES,
 ]
+if _has_model():
+    __all__ += _MODEL_NAMES
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODEL_NAMES:
+    if name not in (*_MODEL_NAMES, *_SUBMODULES):
+        raise AttributeError(f"module 'gpt4v_fast' has no attribute {name!r}")
+    try:
+        if name in _SUBMODULES:
+            return importlib.import_module(f"gpt4v_fast.{name}")
         return getattr(importlib.import_module("gpt4v_fast.models.gpt4v"), name)
-    if name in _SUBMODULES:
-        return importlib.import_module(f"gpt4v_fast.{name}")
-    raise AttributeError(f"module 'gpt4v_fast' has no attribute {name!r}")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _MODEL_NEEDS:
+            raise
+        message = f'gpt4v_fast.{name} needs {error.name}: pip install "gpt4v_fast[model]"'
+        raise AttributeError(message, name=name) from error
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_MODEL_NAMES, *_SUBMODULES])
+    return sorted({*globals(), *__all__, "nn", "reference", *(("models",) if _has_model() else ())})

@@ -7,7 +7,9 @@ stream and exit code 2; `--traceback` shows where it came from.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -19,11 +21,25 @@ BAD_INPUT = (ValueError, TypeError, IndexError, OSError, ImportError)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0, 1 where a check failed, 2 for bad input."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    _write_any_text()
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a reader that has left is noticed
+    except BrokenPipeError:  # `gpt4v-fast ... | head`: nobody reads on, which is no error
+        _drop_output()
+        return 0
+
+
+def _run(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     args.command_line = shlex.join(["gpt4v-fast", *argv])
     try:
         return args.run(args)
+    except BrokenPipeError:
+        raise
     except BAD_INPUT as error:
         if args.traceback:
             raise
@@ -32,6 +48,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"gpt4v-fast {args.command}: interrupted", file=sys.stderr)
         return 130
+
+
+def _write_any_text() -> None:
+    """Where the output's encoding lacks a character (Chinese in a Latin locale), an escape stands for it."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, OSError):  # a stream of somebody's own
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def _drop_output() -> None:
+    """Sends what is still buffered nowhere, so that the interpreter's last flush is quiet too."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(error: BaseException) -> str:
@@ -48,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="gpt4v-fast", description="Fast attention, loss and patch embedding for vision-language models."
     )
+    parser.add_argument("--version", action=_Version, help="print the versions of gpt4v_fast, torch and Python")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
@@ -69,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     _json_flag(demo)
 
     ask = add("ask", _ask, "answers a question about an image, or about two")
-    ask.add_argument("image", nargs="+", metavar="IMAGE", help="image files")
+    ask.add_argument("image", nargs="+", metavar="IMAGE", help="image files, one or two; - reads the standard input")
     ask.add_argument("question", help='in English or Chinese; "" asks for a caption')
     _checkpoint_option(ask)
     ask.add_argument("--max-new-tokens", type=_count, default=32, metavar="N", help="longest answer (default: 32)")
@@ -80,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--limit", type=_count, metavar="N", help="only the first N held-out digits")
     _json_flag(evaluate)
     return parser
+
+
+class _Version(argparse.Action):
+    """Prints the version and leaves; torch is imported only for this."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **options: Any):
+        super().__init__(option_strings, dest, nargs=0, **options)
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
+        import torch
+
+        import gpt4v_fast as gf
+
+        print(f"gpt4v-fast {gf.__version__} (torch {torch.__version__}, Python {sys.version.split()[0]})")
+        parser.exit()
 
 
 def _json_flag(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +164,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _ask(args: argparse.Namespace) -> int:
     from gpt4v_fast.demo import ask
-    from gpt4v_fast.models.gpt4v.image_processing_gpt4v import open_image
+    from gpt4v_fast.models.gpt4v.images_gpt4v import open_image
 
-    images = [open_image(path) for path in args.image]  # before the model is loaded: a typo is told at once
+    # Before the model is loaded: a typo is told at once.
+    images = [open_image(sys.stdin.buffer if path == "-" else path) for path in args.image]
     answer = ask(images, args.question, args.checkpoint, args.max_new_tokens)
     asked = {"images": args.image, "question": args.question, "checkpoint": args.checkpoint, "answer": answer}
     print(_json(asked) if args.json else answer)
@@ -147,7 +193,8 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False)
+    plain = "utf" not in (getattr(sys.stdout, "encoding", None) or "utf-8").lower()
+    return json.dumps(value, indent=1, ensure_ascii=plain)
 
 
 if __name__ == "__main__":

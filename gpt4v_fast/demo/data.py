@@ -52,6 +52,8 @@ QUESTIONS = {
     ("caption", "en"): ("Describe the image.", "Write a caption for this image.", ""),
     ("caption", "zh"): ("用一句话描述图片。", "请为图片写一个标题。"),
 }
+# What a Chinese question means, where the English one at its place means something else
+MEANINGS = {"它是偶数吗？": "Is it even?"}
 NOUNS = (
     ("cat", "cats", "只猫"),
     ("dog", "dogs", "只狗"),
@@ -141,6 +143,23 @@ def answer(task: str, language: str, digits: Sequence[int]) -> str:
     raise ValueError(f"task must be one of {TASKS}, got {task!r}")
 
 
+@lru_cache(maxsize=1)
+def _meanings() -> dict[str, str]:
+    known = dict(MEANINGS)
+    for task in TASKS:
+        for english, chinese in zip(QUESTIONS[task, "en"], QUESTIONS[task, "zh"], strict=False):
+            known.setdefault(chinese, english)
+        for first in range(10):
+            for other in range(10) if task == "sum" else range(1):
+                known[answer(task, "zh", (first, other))] = answer(task, "en", (first, other))
+    return known
+
+
+def in_english(text: str) -> str | None:
+    """What a Chinese question or answer of the demo means, for who cannot read or show it; None if unknown."""
+    return _meanings().get(text)
+
+
 def example(task: str, language: str, split: Digits, images: tuple[int, ...], question: str | None = None) -> Example:
     """A question about the digits at `images`, the first wording unless `question` is given."""
     digits = [int(split.labels[i]) for i in images]
@@ -195,6 +214,7 @@ __all__ = [
     "answer",
     "draw",
     "example",
+    "in_english",
     "load_digits",
     "picture",
     "pixels_of",

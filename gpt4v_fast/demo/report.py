@@ -13,10 +13,11 @@ import numpy as np
 from . import data
 
 SHOWN, SHOWN_WRONG = 16, 6
-OURS, STOCK, INK = "#2563eb", "#d97706", "#64748b"
+OURS, STOCK, INK, TARGET = "#2563eb", "#d97706", "#64748b", "#dc2626"
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 62rem; padding: 2rem 1rem; color:
+body { font: 16px/1.5 system-ui, "Noto Sans", "Noto Sans CJK SC", "PingFang SC", "Microsoft YaHei", sans-serif;
+margin: 0 auto; max-width: 62rem; padding: 2rem 1rem; color:
 #0f172a; } h1 { font-size: 1.6rem; margin: 0 0 .3rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
 p { margin: .3rem 0; color: #334155 } img, svg { max-width: 100%; height: auto }
 table { border-collapse: collapse } td, th { padding: .25rem .9rem .25rem 0; text-align: left }
@@ -75,9 +76,21 @@ def _accuracy_bars(tasks: dict[str, Any], targets: dict[str, float]) -> str:
         axis.bar_label(bars, fmt="%.1f", fontsize=8)
     for place, task in enumerate(data.TASKS):
         if task in targets:
-            axis.hlines(100 * targets[task], place - 0.42, place + 0.42, color="#dc2626", linewidth=1.2)
+            wanted = 100 * targets[task]
+            axis.hlines(wanted, place - 0.42, place + 0.42, color=TARGET, linewidth=1.2)
+            axis.annotate(
+                f"target {wanted:.0f}%",
+                (place, wanted),
+                (0, -10),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color="white",
+                backgroundcolor=TARGET,
+            )
     axis.set(ylabel="right answers, %", ylim=(0, 112), xticks=range(len(data.TASKS)), xticklabels=data.TASKS)
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=2)
+    axis.plot([], [], color=TARGET, linewidth=1.2, label="target")
+    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3)
     return _svg(figure)
 
 
@@ -116,13 +129,21 @@ def choose(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shown
 
 
+def _said(text: str, empty: str) -> str:
+    """A question or an answer; Chinese ones with their meaning, as not every machine has a font for them."""
+    meaning = data.in_english(text)
+    if meaning is None:
+        return html.escape(text) or empty
+    return f'<span lang="zh">{html.escape(text)}</span> <i>({html.escape(meaning)})</i>'
+
+
 def _card(item: dict[str, Any], split: data.Digits) -> str:
     pictures = "".join(_picture(split.images[i]) for i in item["images"])
-    expected = "" if item["right"] else f"<small>expected: {html.escape(item['expected'])}</small>"
-    question = html.escape(item["question"]) or "<i>(image alone)</i>"
+    expected = "" if item["right"] else f"<small>expected: {_said(item['expected'], '')}</small>"
+    question = _said(item["question"], "<i>(image alone)</i>")
     return (
         f'<div class="card {"right" if item["right"] else "wrong"}">{pictures}<div><small>{question}</small>'
-        f"<b>{html.escape(item['answer']) or '(nothing)'}</b>{expected}</div></div>"
+        f"<b>{_said(item['answer'], '(nothing)')}</b>{expected}</div></div>"
     )
 
 
@@ -152,8 +173,12 @@ def write_report(path: Path, metrics: dict[str, Any], scores: dict[str, Any], lo
     """
     split = data.load_digits()[1]
     step, accuracy = metrics["step_ms"], metrics["accuracy"]
-    cards = "".join(_card(item, split) for item in choose(scores["items"]))
-    facts = ", ".join(f"{name} {html.escape(str(value))}" for name, value in metrics["machine"].items())
+    chosen = choose(scores["items"])
+    cards = "".join(_card(item, split) for item in chosen)
+    wrong = sum(not item["right"] for item in chosen)
+    machine = {**metrics["machine"], **metrics["kernels"]}
+    facts = ", ".join(f"{name.replace('_', ' ')} {html.escape(str(value))}" for name, value in machine.items())
+    targets = ", ".join(f"{task} {100 * share:.0f}%" for task, share in metrics["targets"].items())
     shares = ", ".join(f"{task} {100 * accuracy[task]:.1f}%" for task in data.TASKS)
     path.write_text(
         f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>gpt4v_fast demo</title>
@@ -168,9 +193,11 @@ generation.</p> <p>Right answers: {shares}.</p>
 {metrics["compared_steps"]} steps: {metrics["largest_loss_difference"]:.2g}.</p>
 <div class="pair"><div><h2>Right answers by task</h2>{_accuracy_bars(scores["tasks"], metrics["targets"])}</div>
 <div><h2>Which digit it reads</h2>{_confusion(scores["confusion"])}</div></div>
-<p>Red lines: the targets.</p>
+<p>Red lines: the targets, {targets}.</p>
 <h2>All scores, in percent</h2>{_score_table(scores["tasks"])}
-<h2>Sixteen held-out images</h2><div class="grid">{cards}</div>
+<h2>Sixteen questions about held-out images</h2><p>Wrong answers come first, on purpose: {wrong} of these {len(chosen)},
+and {sum(not item["right"] for item in scores["items"]):,} of all {metrics["questions"]:,}. The right ones are of
+every task and language.</p><div class="grid">{cards}</div>
 <footer>{facts}; seed {metrics["seed"]}.</footer></html>
 """,
         encoding="utf-8",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import re
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import numpy as np
 import torch
 
 import gpt4v_fast as gf
+from gpt4v_fast._native import _C
 
 from ..models.checkpoint import atomic_folder
 from ..models.gpt4v import GPT4VForConditionalGeneration, GPT4VProcessor
@@ -38,7 +41,7 @@ def run_demo(args: Any = None) -> int:
     Returns:
         0, or 1 when a full run misses one of `TARGETS`.
     """
-    out = Path(getattr(args, "out", None) or "runs/demo")
+    out = writable(Path(getattr(args, "out", None) or "runs/demo"))
     quiet = bool(getattr(args, "json", False))
     chosen = {name: getattr(args, name, None) for name in ("steps", "seed")}
     plan = Plan(**{name: value for name, value in chosen.items() if value is not None})
@@ -74,6 +77,7 @@ def run_demo(args: Any = None) -> int:
         "seed": plan.seed,
         "train_s": round(train_s, 1),
         "machine": machine(),
+        "kernels": kernels(model),
     }
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     write_report(out / "report.html", metrics, scores, losses)
@@ -89,6 +93,20 @@ def run_demo(args: Any = None) -> int:
     if missed:
         say(f"missed the target of: {', '.join(missed)}")
     return int(bool(missed) and plan.steps >= Plan.steps)
+
+
+def writable(out: Path) -> Path:
+    """`out`, made if it is missing; raises where the results could not be written there, before anything is trained."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise OSError(f"--out must be a folder that can be written, got {out}: {error.strerror or error}") from error
+    for name, wanted in (("checkpoint", Path.is_dir), ("metrics.json", Path.is_file), ("report.html", Path.is_file)):
+        if (out / name).exists() and not wanted(out / name):
+            raise OSError(f"--out must leave room for {name}, got {out} with another kind of thing of that name")
+    return out
 
 
 def train_both(
@@ -152,13 +170,41 @@ def machine() -> dict[str, str]:
     import transformers
 
     names = [line for line in _read("/proc/cpuinfo").splitlines() if line.startswith("model name")]
+    memory = re.search(r"MemTotal: +(\d+) kB", _read("/proc/meminfo"))
     return {
         "cpu": names[0].split(":", 1)[1].strip() if names else platform.processor() or platform.machine(),
         "threads": str(torch.get_num_threads()),
+        "isa": _C.isa(),
+        "memory": f"{int(memory[1]) / 2**20:.0f} GiB" if memory else "unknown",
+        "peak_memory": peak_memory(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "gpt4v_fast": gf.__version__,
     }
+
+
+def peak_memory() -> str:
+    """The most memory that this process has held so far."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return "unknown"
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return f"{most / (2**10 if sys.platform == 'linux' else 2**20):.0f} MiB"
+
+
+def kernels(model: GPT4VForConditionalGeneration) -> dict[str, str]:
+    """Which kernel each op of a training step runs, as `gf.explain` says."""
+    text, vision = model.config.text_config, model.config.vision_config
+    states = torch.zeros(1, text.num_attention_heads, 8, text.head_dim, requires_grad=True)
+    hidden = torch.zeros(8, text.hidden_size, requires_grad=True)
+    pixels = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size, dtype=torch.uint8)
+    choices = {
+        "attention": gf.explain(gf.attention, states, states, states, mask=gf.Mask(causal=True)),
+        "loss": gf.explain(gf.linear_cross_entropy, hidden, model.lm_head.weight, torch.zeros(8, dtype=torch.long)),
+        "patch embedding": gf.explain(gf.patch_embed, pixels, model.model.vision_tower.patch_embedding.weight),
+    }
+    return {name: f"{choice.kernel} on {choice.on}" for name, choice in choices.items()}
 
 
 def _read(path: str) -> str:

@@ -18,6 +18,7 @@ from ..models.gpt4v import GPT4VForConditionalGeneration, GPT4VProcessor
 from . import data
 
 PAIR_SEED = 1
+MOST_IMAGES = 2  # of a question that the demo trains on
 Loaded = tuple[GPT4VForConditionalGeneration, GPT4VProcessor]
 
 
@@ -57,15 +58,17 @@ def ask(image: Any, question: str = "", checkpoint: str | None = None, max_new_t
     """The model's answer to a question about an image.
 
     Args:
-        image: a path, PIL image or array, a list of them (two for a sum), or None for a question without one.
+        image: a path, PIL image or array, a list of one or two of them, or None for a question without one.
         question: in English or Chinese; empty for a caption. `<image>` marks say where the images stand;
             without them they come first.
         checkpoint: a folder that `gpt4v-fast demo` made; None takes the shipped one.
     Raises:
-        ValueError, FileNotFoundError: an unreadable image or checkpoint, or marks that do not match the
-            images.
+        ValueError, FileNotFoundError: an unreadable image or checkpoint, more than two images (the model has seen no
+            more in one question, and would answer about some of them), or marks that do not match the images.
     """
     images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+    if len(images) > MOST_IMAGES:
+        raise ValueError(f"a question must be about at most {MOST_IMAGES} images, got {len(images)}")
     if "<image>" not in question:
         question = "<image>" * len(images) + question
     return generate_answers(load(checkpoint), [f"<|user|>{question}<|assistant|>"], [images], max_new_tokens)[0]

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import gpt4v
+try:
+    from . import gpt4v
+except ModuleNotFoundError as error:
+    if (error.name or "").split(".")[0] not in ("transformers", "tokenizers", "safetensors", "PIL"):
+        raise
+    message = f'gpt4v_fast.models needs {error.name}: pip install "gpt4v_fast[model]"'
+    raise ModuleNotFoundError(message, name=error.name) from error
 
 
 def digits_checkpoint() -> str:

@@ -122,6 +122,13 @@ def test_a_short_run_writes_everything(tmp_path, capsys):
     assert not re.search(r'(src|href)="(?!#|data:)', report)  # nothing is fetched
     assert report.count('class="card') == 16
     assert report.count("<svg") == 3
+    assert "Wrong answers come first, on purpose" in report
+    assert all(f"{name} {100 * share:.0f}%" in report for name, share in TARGETS.items())
+    assert set(metrics["kernels"]) == {"attention", "loss", "patch embedding"}
+    assert all(kernel in report for kernel in metrics["kernels"].values())
+    assert {"isa", "memory", "peak_memory"} <= set(metrics["machine"])
+    for text in re.findall(r'<span lang="zh">.*?</span>(.{0,5})', report):
+        assert text == " <i>("  # the meaning in English, for machines without a Chinese font
     assert isinstance(ask(out / "digit.png", "Is it even?", str(out / "checkpoint")), str)
 
 
@@ -134,6 +141,18 @@ def test_shown_items_hold_right_and_wrong_ones():
     assert len(shown) == 16
     assert sum(not one["right"] for one in shown) == 6
     assert len({(one["task"], one["language"]) for one in shown if one["right"]}) == 8
+
+
+def test_chinese_questions_and_answers_have_their_meaning():
+    for task in data.TASKS:
+        for question in data.QUESTIONS[task, "zh"]:
+            meaning = data.in_english(question)
+            assert meaning in data.QUESTIONS[task, "en"] and meaning
+    for item in scoring.exam(data.load_digits()[1]):
+        if item.language == "zh":
+            digits = [int(data.load_digits()[1].labels[i]) for i in item.images]
+            assert data.in_english(item.answer) == data.answer(item.task, "en", digits)
+    assert data.in_english("7 + 5 = 12.") is None
 
 
 # The checkpoint that ships
@@ -168,6 +187,8 @@ def test_ask_the_shipped_checkpoint(tmp_path):
     assert ask(str(paths[1]), "这是哪个数字？") == f"是{second}。"
     assert ask([str(path) for path in paths], "Add the two digits.") == f"{first} + {second} = {first + second}."
     assert ask(paths[0]).startswith(f"A handwritten {data.WORDS['en'][first]}")
+    with pytest.raises(ValueError, match="a question must be about at most 2 images, got 3"):
+        ask([paths[0]] * 3, "Add the digits.")
     with pytest.raises(FileNotFoundError, match="image file not found"):
         ask(tmp_path / "none.png", "?")
     with pytest.raises(ValueError, match="for each of the 1 images, got 2"):

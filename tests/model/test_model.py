@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from closeness import Spreads, assert_close, spread_of
 from model_cases import EAGER, OURS, STOCK, make_batch, make_model, prompt, use
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 from gpt4v_fast.models.gpt4v import GPT4VForConditionalGeneration, GPT4VModel
 from gpt4v_fast.models.gpt4v.modeling_gpt4v import CACHE
@@ -78,6 +78,27 @@ def test_hidden_states_attentions_and_tuples():
     model.set_attn_implementation("gpt4v_fast")
     with pytest.raises(ValueError, match="output_attentions needs attn_implementation='eager'"):
         model(**batch, output_attentions=True)
+
+
+def test_the_config_may_ask_for_states_and_weights():
+    model, batch = make_model(), prompt(make_batch())
+    model.config.output_hidden_states = True
+    assert len(model(**batch).hidden_states) == 3
+    assert model(**batch, output_hidden_states=False).hidden_states is None
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    assert len(model(**batch).attentions) == 2
+
+
+@pytest.mark.parametrize("kind", ["text", "padded", "images"])
+def test_meta_tensors_have_shapes(kind):
+    inputs = prompt(make_batch())
+    if kind != "images":
+        inputs = {"input_ids": torch.zeros(3, 15, dtype=torch.long), "attention_mask": inputs["attention_mask"]}
+    if kind == "text":
+        del inputs["attention_mask"]
+    model = make_model().to("meta")
+    assert model(**{name: tensor.to("meta") for name, tensor in inputs.items()}).logits.shape == (3, 15, 61)
 
 
 def test_image_blocks_are_bidirectional_and_separate():
@@ -165,19 +186,37 @@ def test_cache_equals_no_cache(which, pieces):
         assert_close(torch.cat(parts, 1)[keep], exact[keep], whole[keep], name="cached", spread=spread)
 
 
-def test_gradient_checkpointing_changes_nothing():
-    batch = make_batch()
-    plain = make_model().train()
-    frugal = make_model().train()
-    frugal.gradient_checkpointing_enable()
-    losses = []
-    for model in (plain, frugal):
-        loss = model(**batch).loss
+def checkpointed(reentrant: bool) -> GPT4VForConditionalGeneration:
+    model = make_model().train()
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # before 5.24
+    enable({"use_reentrant": reentrant})
+    return model
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "saved_tensors"])
+@pytest.mark.parametrize("use_cache", [None, True], ids=["no_cache", "cache"])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_gradient_checkpointing_changes_nothing(reentrant, use_cache, padding):
+    plain, frugal, batch = make_model().train(), checkpointed(reentrant), make_batch(padding)
+    losses = [plain(**batch).loss, frugal(**batch, use_cache=use_cache).loss]
+    for loss in losses:
         loss.backward()
-        losses.append(loss.detach())
     assert torch.equal(*losses)
     for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
+
+
+def test_caches_under_gradient_checkpointing():
+    model, batch, cache = checkpointed(False), make_batch(), DynamicCache()
+    out = model(**batch, use_cache=True, past_key_values=cache)
+    assert cache.get_seq_length() == 0 and not any(name in out for name in ("cache", "past_key_values"))
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": -1}
+    trained, plain = (m.generate(**prompt(batch), **options) for m in (model, make_model()))  # without gradients: kept
+    assert torch.equal(trained, plain)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[7, 8]]), past_key_values=cache, use_cache=True)
+    with pytest.raises(ValueError, match=r"past_key_values must be empty or None in training.*got 2 tokens"):
+        model(input_ids=torch.tensor([[9]]), past_key_values=cache)
 
 
 def test_dropout_acts_in_training_only():

@@ -43,6 +43,8 @@ def test_preset_overrides_reach_the_parts():
         ({"vision": {"patch_embed_implementation": "fold"}}, "patch_embed_implementation must be one of"),
         ({"text": {"num_key_value_heads": 3}}, "multiple of num_key_value_heads"),
         ({"text": {"head_dim": 7}}, "head_dim must be positive and even"),
+        ({"text": {"sliding_window": 4}}, "sliding_window must be None"),
+        ({"text": {"layer_types": ["full_attention", "sliding_attention"]}}, "layer_types full_attention"),
         ({"projector_merge": 3}, "projector_merge must divide"),
         ({"image_token_id": 61}, r"image_token_id must be in \[0, 61\)"),
         ({"loss_implementation": "liger"}, "loss_implementation must be one of"),

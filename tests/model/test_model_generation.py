@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_cases import IMAGE, make_batch, make_model, prompt
+from transformers import MistralConfig, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
-from gpt4v_fast.models.gpt4v.modeling_gpt4v import CACHE
+from gpt4v_fast.models.gpt4v.generation_gpt4v import CACHE
 
 
 @pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
@@ -138,7 +139,65 @@ def test_speculation_changes_nothing():
     assert torch.equal(model.generate(input_ids=ids, prompt_lookup_num_tokens=3, **options), plain)
 
 
-def test_a_static_cache_is_refused():
+OPTIONS = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": -1}
+
+
+def one_row() -> dict[str, torch.Tensor]:
+    """A prompt with two images."""
+    batch = make_batch()
+    return {"input_ids": batch["input_ids"][:1], "pixel_values": batch["pixel_values"][:2]}
+
+
+@pytest.mark.parametrize("way", ["assistant", "itself", "lookup"])
+def test_speculation_with_images_changes_nothing(way):
+    model, inputs = make_model(), one_row()
+    drafts = {"assistant": make_model(text={"num_hidden_layers": 1}), "itself": model}
+    how = {"prompt_lookup_num_tokens": 3} if way == "lookup" else {"assistant_model": drafts[way]}
+    assert torch.equal(model.generate(**inputs, **OPTIONS, **how), model.generate(**inputs, **OPTIONS))
+
+
+@pytest.mark.parametrize("implementation", ["gpt4v_fast", "sdpa", "eager"])
+@pytest.mark.parametrize("images", [False, True], ids=["text", "images"])
+def test_a_static_cache_changes_nothing(images, implementation):
     model = make_model()
-    with pytest.raises(ValueError, match=r"past_key_values must be a cache that grows.*got StaticCache"):
-        model.generate(input_ids=torch.tensor([[7, 8, 9]]), max_new_tokens=2, cache_implementation="static")
+    model.set_attn_implementation(implementation)
+    inputs = prompt(make_batch()) if images else {"input_ids": torch.tensor([[7, 8, 9]])}
+    static = model.generate(**inputs, **OPTIONS, cache_implementation="static")
+    assert torch.equal(static, model.generate(**inputs, **OPTIONS))
+
+
+def test_a_cache_of_sliding_windows_is_refused():
+    model = make_model()
+    cache = StaticCache(config=MistralConfig(num_hidden_layers=2, sliding_window=4), max_cache_len=16)
+    with pytest.raises(ValueError, match="past_key_values must keep all tokens, got a cache of sliding windows"):
+        model(input_ids=torch.tensor([[7, 8, 9]]), past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no_cache"])
+@pytest.mark.parametrize("images", ["text", "pixels", "merged"])
+@pytest.mark.parametrize("ways", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 1, "num_return_sequences": 2}])
+def test_a_prompt_of_embeddings_is_a_prompt(ways, images, use_cache):
+    model, inputs = make_model(), prompt(make_batch())
+    if images == "text":
+        inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, 5)
+        del inputs["pixel_values"]
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    like = {name: tensor for name, tensor in inputs.items() if name != "input_ids"}
+    if images == "merged":
+        places = inputs["input_ids"] == IMAGE
+        embeds = embeds.masked_scatter(places[..., None], model.get_image_features(like.pop("pixel_values")))
+        like["mm_token_type_ids"] = places.long()
+    options = {**OPTIONS, **ways}
+    want = model.generate(**inputs, **options)[:, 15:]
+    assert torch.equal(model.generate(**like, inputs_embeds=embeds, **options, use_cache=use_cache), want)
+
+
+def test_a_second_turn_may_bring_an_image():
+    model, inputs = make_model(), one_row()
+    first = model.generate(**inputs, **OPTIONS, return_dict_in_generate=True)
+    more = torch.cat([first.sequences, torch.tensor([[8, *[IMAGE] * 4, 9]])], 1)
+    pixels = make_batch()["pixel_values"]
+    fresh = model.generate(input_ids=more, pixel_values=pixels, **OPTIONS)
+    assert torch.equal(
+        model.generate(input_ids=more, pixel_values=pixels[2:], **{CACHE: first[CACHE]}, **OPTIONS), fresh
+    )

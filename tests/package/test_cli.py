@@ -1,8 +1,11 @@
 """The command line: help, JSON, and bad input that ends in one line and exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +49,45 @@ def test_unknown_arguments_are_refused(arguments, capsys):
         main(arguments)
     assert stop.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"gpt4v-fast {gf.__version__} (torch {torch.__version__}, Python 3.")
+
+
+PIPED = [sys.executable, "-c", "import sys; from gpt4v_fast.cli import main; sys.exit(main(sys.argv[1:]))"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a pipe of POSIX")
+@pytest.mark.parametrize("arguments", [["doctor"], ["--help"]], ids=" ".join)
+def test_a_reader_that_leaves_is_no_error(arguments):
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([*PIPED, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, timeout=240)
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
+def test_chinese_in_a_latin_locale(flags, tmp_path):
+    from PIL import Image
+
+    Image.new("L", (8, 8)).save(tmp_path / "digit.png")
+    code = (
+        "import sys; from gpt4v_fast import demo; from gpt4v_fast.cli import main; "
+        "demo.ask = lambda *args: '是7。'; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "ask", str(tmp_path / "digit.png"), "几？", *flags]
+    settings = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(command, capture_output=True, env=settings, timeout=240)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.decode("latin-1")
+    assert json.loads(said)["answer"] == "是7。" if flags else said == "\\u662f7\\u3002\n"
 
 
 class TestDoctor:
@@ -182,6 +224,31 @@ class TestAsk:
         assert main(["ask", str(tmp_path / "none.png"), "What?"]) == 2
         self.one_line(capsys, "none.png")
 
+    def test_a_directory(self, tmp_path, asked, capsys):
+        assert main(["ask", str(tmp_path), "What?"]) == 2
+        self.one_line(capsys, "an image must be a file, got the directory")
+
+    @pytest.mark.parametrize("way", ["-", "/dev/stdin"])
+    def test_an_image_from_a_pipe(self, image, asked, monkeypatch, way):
+        with open(image, "rb") as picture:
+            data = picture.read()
+        read, write = os.pipe()
+        os.write(write, data)
+        os.close(write)
+        keep = os.dup(0)
+        os.dup2(read, 0)
+        try:
+            monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=os.fdopen(read, "rb")))
+            assert main(["ask", way, "Which digit is this?"]) == 0
+        finally:
+            os.dup2(keep, 0)
+            os.close(keep)
+        assert [i.size for i in asked[0][0]] == [(8, 8)]
+
+    def test_three_images(self, image, capsys):
+        assert main(["ask", image, image, image, "What is the sum?"]) == 2
+        self.one_line(capsys, "at most 2 images, got 3")
+
     def test_a_missing_checkpoint(self, image, tmp_path, capsys):
         assert main(["ask", image, "What?", "--checkpoint", str(tmp_path / "nowhere")]) == 2
         self.one_line(capsys, "nowhere")
@@ -254,3 +321,24 @@ def test_demo_gets_its_options(monkeypatch):
     monkeypatch.setattr(demo, "run_demo", lambda args: seen.append(args) or 1)
     assert main(["demo", "--out", "runs/x", "--steps", "3", "--seed", "5", "--json"]) == 1
     assert (seen[0].out, seen[0].steps, seen[0].seed, seen[0].json) == ("runs/x", 3, 5, True)
+
+
+@pytest.mark.parametrize("place", ["file", "under_a_file", "checkpoint_is_a_file"])
+def test_demo_checks_its_folder_before_training(place, tmp_path, monkeypatch, capsys):
+    from gpt4v_fast.demo import run
+
+    monkeypatch.setattr(run, "make_model", lambda *args, **kwargs: pytest.fail("the folder was not checked first"))
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "checkpoint").touch()
+    out = {"file": "file", "under_a_file": "file/run", "checkpoint_is_a_file": "full"}[place]
+    assert main(["demo", "--out", str(tmp_path / out)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gpt4v-fast demo: error: --out must") and said.count("\n") == 1
+
+
+def test_make_help_lists_every_target():
+    folder = Path(__file__).resolve().parents[2]
+    said = subprocess.run(["make", "help"], cwd=folder, capture_output=True, text=True, check=True).stdout
+    targets = {"demo", "test", "test-slow", "test-gpu", "test-sanitize", "bench", "build", "wheel", "lint", "clean"}
+    assert all(f"make {target} " in said for target in targets)

@@ -151,6 +151,12 @@ class GPT4VTextConfig(PreTrainedConfig):
             (num_attention_heads, self.num_key_value_heads),
         )
         _require(self.head_dim > 0 and self.head_dim % 2 == 0, "head_dim must be positive and even", self.head_dim)
+        window, kinds = kwargs.get("sliding_window"), set(kwargs.get("layer_types") or ())
+        _require(
+            window is None and kinds <= {"full_attention"},
+            "the decoder sees all earlier tokens: sliding_window must be None and layer_types full_attention",
+            (window, sorted(kinds)),
+        )
         super().__init__(**kwargs)
 
 

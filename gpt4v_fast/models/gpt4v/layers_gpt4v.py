@@ -1,5 +1,4 @@
-"""The layers of the GPT-4V family: attention by `gf.attention`, ViT blocks over `gf.patch_embed`, the
-projector."""
+"""The layers of the GPT-4V family: attention, ViT blocks over `gf.patch_embed`, the projector, the decoder."""
 
 from __future__ import annotations
 
@@ -9,53 +8,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AttentionInterface, Cache
+from transformers import Cache
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import gpt4v_fast as gf
 
+from .attention_gpt4v import eager_attention_forward
 from .configuration_gpt4v import GPT4VConfig, GPT4VTextConfig, GPT4VVisionConfig
 
 
-def gpt4v_fast_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: gf.Mask | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface over `gf.attention`; `attention_mask` is a `gf.Mask` or None."""
-    out = gf.attention(query, key, value, mask=attention_mask, scale=scaling, dropout_p=dropout)
-    assert isinstance(out, torch.Tensor)  # no log-sum-exp was asked for
-    return out.transpose(1, 2), None
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain attention that also returns the weights; `attention_mask` is boolean (True = attend)."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling  # (B, H, S, T)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(query.dtype), p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2), weights
-
-
-AttentionInterface.register("gpt4v_fast", gpt4v_fast_attention)
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """True where a kernel that reads weight and bias computes what a call of `module` does. Adapters, quantized layers,
+    offloading and hooks change the class, the weight's class, the forward method or the call."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return (
+        type(module) is kind
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and "forward" not in module.__dict__
+        and not any(hooks)
+    )
 
 
 def rotary_tables(
@@ -74,16 +47,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def dense_mask(mask: gf.Mask, queries: int, keys: int, device: torch.device) -> torch.Tensor:
-    """`mask` as a boolean tensor (B or 1, 1, S, T) for sdpa and eager. A row that sees nothing (padding) sees
-    all, so that softmax stays finite; no real token sees what it computes."""
-    dense = mask.dense(queries, keys, device)
-    dense = dense if dense.dim() == 4 else dense.view(-1, 1, queries, keys)
-    return dense | ~dense.any(-1, keepdim=True)
-
-
 class GPT4VAttention(nn.Module):
-    """Grouped-query attention of both towers; the decoder's rotates queries and keys and may use a cache."""
+    """Grouped-query attention of both towers; the decoder's rotates queries and keys and may use a cache.
+
+    `places` (first, end) are those of the new tokens in a static cache, one of fixed length (transformers 5.0 asks for
+    them); None for caches that grow.
+    """
 
     is_causal = False  # the mask says everything
 
@@ -107,6 +76,7 @@ class GPT4VAttention(nn.Module):
         attention_mask: Any = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        places: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = (
@@ -116,7 +86,10 @@ class GPT4VAttention(nn.Module):
         if rotary is not None:
             query, key = rotate(query, *rotary), rotate(key, *rotary)
         if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+            options = [] if places is None else [{"cache_position": torch.arange(*places, device=key.device)}]
+            key, value = past_key_values.update(key, value, self.layer_idx, *options)
+            if places is not None:
+                key, value = key[:, :, : places[1]], value[:, :, : places[1]]  # without the rows that are free yet
         implementation = self.config._attn_implementation
         attend: Callable = (
             eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
@@ -181,8 +154,9 @@ class GPT4VBlock(GradientCheckpointingLayer):
         attention_mask: Any = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         past_key_values: Cache | None = None,
+        places: tuple[int, int] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        out, weights = self.self_attn(self.norm1(hidden_states), attention_mask, rotary, past_key_values)
+        out, weights = self.self_attn(self.norm1(hidden_states), attention_mask, rotary, past_key_values, places)
         hidden_states = hidden_states + self.dropout(out)
         return hidden_states + self.dropout(self.mlp(self.norm2(hidden_states))), weights
 
@@ -216,11 +190,11 @@ class GPT4VVisionTower(nn.Module):
         mean = torch.tensor(config.image_mean, device=pixels.device)
         std = torch.tensor(config.image_std, device=pixels.device)
         positions = self.positions(rows, columns)
-        if config.patch_embed_implementation == "gpt4v_fast":
+        if config.patch_embed_implementation == "gpt4v_fast" and is_plain(conv, nn.Conv2d):
             return gf.patch_embed(pixels, conv.weight, bias=conv.bias, mean=mean, std=std, pos_embed=positions)
         scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
         normal = (scaled - mean[:, None, None]) / std[:, None, None]
-        return conv(normal.to(conv.weight.dtype)).flatten(2).transpose(1, 2) + positions
+        return conv(normal.to(positions.dtype)).flatten(2).transpose(1, 2) + positions
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         hidden_states = self.dropout(self.embed(pixels))
@@ -249,9 +223,29 @@ class GPT4VProjector(nn.Module):
 
 
 class GPT4VDecoder(nn.Module):
+    """The text's blocks and the last norm; `embed_tokens` is called by the model, which puts images among the text."""
+
     def __init__(self, config: GPT4VTextConfig):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.layers = nn.ModuleList([GPT4VBlock(config, i) for i in range(config.num_hidden_layers)])
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        embeds: torch.Tensor,
+        mask: Any,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        cache: Cache | None = None,
+        places: tuple[int, int] | None = None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], tuple[torch.Tensor | None, ...]]:
+        """The last hidden states; those that each block got; each block's attention weights (None but for eager)."""
+        hidden_states = self.dropout(embeds)
+        states, weights = [], []
+        for layer in self.layers:
+            states.append(hidden_states)
+            # by position: some versions of transformers drop a cache passed by name, even where nothing is recomputed
+            hidden_states, layer_weights = layer(hidden_states, mask, rotary, cache, places)
+            weights.append(layer_weights)
+        return self.norm(hidden_states), tuple(states), tuple(weights)

@@ -13,17 +13,21 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers import initialization as init
-from transformers.generation.utils import ALL_CACHE_NAMES
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 import gpt4v_fast as gf
 
 from ..checkpoint import CheckedModel
+from .attention_gpt4v import dense_mask
 from .configuration_gpt4v import GPT4VConfig
-from .layers_gpt4v import GPT4VDecoder, GPT4VProjector, GPT4VVisionTower, dense_mask, rotary_tables
+from .generation_gpt4v import CACHE, GPT4VGenerationMixin
+from .layers_gpt4v import GPT4VDecoder, GPT4VProjector, GPT4VVisionTower, is_plain, rotary_tables
+
+logger = logging.get_logger(__name__)
 
 
 class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
@@ -65,10 +69,6 @@ class GPT4VPreTrainedModel(CheckedModel, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, GPT4VVisionTower):
             init.normal_(module.position_embedding, mean=0.0, std=self.config.vision_config.initializer_range)
-
-
-# From transformers 5.24 on `generate` and outputs call past_key_values cache.
-CACHE = "cache" if "cache" in ALL_CACHE_NAMES else "past_key_values"
 
 
 @dataclass
@@ -125,31 +125,55 @@ class GPT4VModel(GPT4VPreTrainedModel):
         rows, columns = (side // config.patch_size for side in shape[2:])
         return self.projector(self.vision_tower(pixel_values), rows, columns)
 
+    def image_places(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """True (B, S) where an image's token stands; inputs_embeds go before input_ids. See `forward`."""
+        image = self.config.image_token_id
+        if inputs_embeds is None:
+            return input_ids == image
+        if mm_token_type_ids is None:
+            embedding = self.get_input_embeddings()(torch.tensor([image], device=inputs_embeds.device))
+            return (inputs_embeds == embedding).all(-1)
+        expected, got = tuple(inputs_embeds.shape[:2]), tuple(mm_token_type_ids.shape)
+        if got != expected:
+            raise ValueError(f"mm_token_type_ids must have shape {expected}, got {got}")
+        return mm_token_type_ids == 1
+
     def _embed(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        mm_token_type_ids: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Embeddings (B, S, hidden_size), and where `<image>` stands (B, S)."""
+        """Embeddings (B, S, hidden_size), and where images stand (B, S)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        where = self.image_places(input_ids, inputs_embeds, mm_token_type_ids)
+        if input_ids is None:
+            return inputs_embeds, where
         table = self.get_input_embeddings()
-        if input_ids is not None and inputs_embeds is None:
-            if input_ids.device.type == "cpu" and input_ids.numel():
-                low, high = (int(bound) for bound in input_ids.aminmax())
-                if low < 0 or high >= table.num_embeddings:
-                    raise IndexError(f"input_ids must be in [0, {table.num_embeddings}), got values in [{low}, {high}]")
-            return table(input_ids), input_ids == self.config.image_token_id
-        if input_ids is None and inputs_embeds is not None:
-            return inputs_embeds, (inputs_embeds == table.weight[self.config.image_token_id]).all(-1)
-        raise ValueError("exactly one of input_ids and inputs_embeds must be given")
+        if input_ids.device.type == "cpu" and input_ids.numel():
+            low, high = (int(bound) for bound in input_ids.aminmax())
+            size = getattr(table, "num_embeddings", self.config.text_config.vocab_size)
+            if low < 0 or high >= size:
+                raise IndexError(f"input_ids must be in [0, {size}), got values in [{low}, {high}]")
+        return table(input_ids), where
 
     def _place_images(
-        self, embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None, past: int
+        self, embeds: torch.Tensor, is_image: torch.Tensor, features: torch.Tensor | None, expected: bool
     ) -> torch.Tensor:
-        found = int(is_image.sum())
+        """`embeds` with the features in the images' places; `expected` says that an image needs features."""
+        found = None if is_image.is_meta else int(is_image.sum())
         if features is None:
-            if found and past == 0:
+            if found and expected:
                 raise ValueError(f"input_ids has {found} <image> tokens, but no pixel_values came")
             return embeds
         images, each = features.shape[:2]
-        if found != images * each:
+        if found not in (None, images * each):
             raise ValueError(
                 f"input_ids must have {each} <image> tokens for each of the {images} images of pixel_values "
                 f"({images * each} in all), got {found}"
@@ -161,14 +185,34 @@ class GPT4VModel(GPT4VPreTrainedModel):
     ) -> gf.Mask:
         """Who sees whom: causal, the same document (padding is none), and the whole of one's own image."""
         documents = blocks = None
-        if attention_mask is not None and not bool((attention_mask == 1).all()):
+        if attention_mask is not None and (attention_mask.is_meta or not bool((attention_mask == 1).all())):
             keys = attention_mask.to(torch.int32) - 1  # 0 is padding; 1, 2, ... number the packed documents
             documents = (keys[:, past:].contiguous(), keys) if past else keys
-        if is_image is not None and each and self.config.image_bidirectional:
+        if is_image is not None and self.config.image_bidirectional:
             ids = (is_image.int().cumsum(1, dtype=torch.int32) - 1) // each
             queries = torch.where(is_image, ids, -1).to(torch.int32)
             blocks = (queries, F.pad(queries, (past, 0), value=-1)) if past else queries
         return gf.Mask(causal=True, documents=documents, image_blocks=blocks)
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
+        """The cache of this call: the one that came, a new one, or none."""
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and not self.training
+        recomputes = self.training and torch.is_grad_enabled()
+        if recomputes and any(layer.gradient_checkpointing for layer in self.language_model.layers):
+            if cache is not None and int(cache.get_seq_length()):
+                raise ValueError(
+                    "past_key_values must be empty or None in training with gradient checkpointing, whose backward "
+                    f"pass would add to it once more, got {int(cache.get_seq_length())} tokens"
+                )
+            if use_cache or cache is not None:
+                logger.warning_once("gradient checkpointing computes layers twice: no cache is kept")
+            return None
+        if cache is None:
+            return DynamicCache(config=self.config) if use_cache else None
+        if any(cache.is_sliding):
+            raise ValueError("past_key_values must keep all tokens, got a cache of sliding windows")
+        return cache
 
     @can_return_tuple
     def forward(
@@ -179,6 +223,7 @@ class GPT4VModel(GPT4VPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
@@ -193,61 +238,60 @@ class GPT4VModel(GPT4VPreTrainedModel):
             pixel_values (images, C, H, W): the images of all rows, in order; any number for a row, none too.
             attention_mask (B, past + S): 1 for text, 0 for padding, on either side; 2, 3, ... number further
                 documents packed into the same row (give position_ids then).
-            cache: past_key_values, as transformers calls it from 5.24 on.
+            mm_token_type_ids (B, S): 1 where inputs_embeds holds an image, `config.image_seq_length` rows each, whose
+                features the caller has put there or which pixel_values bring. Image features that nothing marks
+                are seen as text is: causally.
+            cache: past_key_values, as transformers calls it from 5.24 on; any that keeps all tokens.
         Raises:
             ValueError: shapes that do not fit, or a count of `<image>` tokens that is not that of the images.
         """
-        past_key_values = past_key_values if cache is None else cache
-        inputs_embeds, is_image = self._embed(input_ids, inputs_embeds)
+        merged = inputs_embeds is not None and mm_token_type_ids is not None and pixel_values is None
+        inputs_embeds, is_image = self._embed(input_ids, inputs_embeds, mm_token_type_ids)
         batch, length = inputs_embeds.shape[:2]
-        if use_cache is None:
-            use_cache = self.config.text_config.use_cache and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        if past_key_values is not None and past_key_values.is_compileable:
-            kind = type(past_key_values).__name__
-            raise ValueError(f"past_key_values must be a cache that grows, such as DynamicCache, got {kind}")
-        past = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
+        cache = self._cache(past_key_values if cache is None else cache, use_cache)
+        past = 0 if cache is None else int(cache.get_seq_length())
         if attention_mask is not None and tuple(attention_mask.shape) != (batch, past + length):
             raise ValueError(
                 f"attention_mask must have shape (batch, past + new tokens) = {(batch, past + length)}, "
                 f"got {tuple(attention_mask.shape)}"
             )
         features = None if pixel_values is None else self.get_image_features(pixel_values)
-        hidden_states = self.language_model.dropout(self._place_images(inputs_embeds, is_image, features, past))
+        embeds = self._place_images(inputs_embeds, is_image, features, expected=past == 0 and not merged)
+        each = self.config.image_seq_length if features is None else features.shape[1]
+        if merged and not is_image.is_meta and bool((is_image.sum(1) % each).any()):
+            raise ValueError(
+                f"mm_token_type_ids must mark image_seq_length = {each} tokens for each image, "
+                f"got {is_image.sum(1).tolist()} in the rows"
+            )
         if position_ids is None:
-            position_ids = torch.arange(past, past + length, device=hidden_states.device).expand(batch, -1)
+            position_ids = torch.arange(past, past + length, device=embeds.device).expand(batch, -1)
             if attention_mask is not None:
                 position_ids = ((attention_mask != 0).long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         text = self.config.text_config
-        rotary = rotary_tables(position_ids, text.head_dim, text.rope_theta, hidden_states.dtype)
-        mask: Any = self._mask(
-            attention_mask,
-            is_image if features is not None else None,
-            0 if features is None else features.shape[1],
-            past,
-        )
+        rotary = rotary_tables(position_ids, text.head_dim, text.rope_theta, embeds.dtype)
+        blocks = is_image if merged or features is not None else None
+        mask: Any = self._mask(attention_mask, blocks, each, past)
         implementation = text._attn_implementation
+        if output_attentions is None:
+            output_attentions = getattr(self.config, "output_attentions", False)
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
         if output_attentions and implementation != "eager":
             raise ValueError(f"output_attentions needs attn_implementation='eager', got {implementation!r}")
         if implementation != "gpt4v_fast":
-            mask = dense_mask(mask, length, past + length, hidden_states.device)
-        all_states, all_weights = [], []
-        for layer in self.language_model.layers:
-            all_states.append(hidden_states)
-            hidden_states, weights = layer(hidden_states, mask, rotary, past_key_values=past_key_values)
-            all_weights.append(weights)
-        hidden_states = self.language_model.norm(hidden_states)
+            mask = dense_mask(mask, length, past + length, embeds.device)
+        places = (past, past + length) if cache is not None and cache.is_compileable else None
+        hidden_states, states, weights = self.language_model(embeds, mask, rotary, cache, places)
         return GPT4VModelOutput(
             last_hidden_state=hidden_states,
-            **{CACHE: past_key_values if use_cache else None},
-            hidden_states=(*all_states, hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
+            **{CACHE: None if use_cache is False else cache},
+            hidden_states=(*states, hidden_states) if output_hidden_states else None,
+            attentions=weights if output_attentions else None,
             image_hidden_states=features,
         )
 
 
-class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
+class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GPT4VGenerationMixin):
     """The model with its head: losses, `generate`."""
 
     _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -280,12 +324,17 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
             raise ValueError(f"labels must have shape {tuple(hidden.shape[:2])}, got {tuple(labels.shape)}")
         reduction = "mean" if num_items is None else "sum"
         loss: Any
-        if self.config.loss_implementation == "gpt4v_fast":
-            weight = self.lm_head.weight
-            loss = gf.linear_cross_entropy(hidden.to(weight.dtype), weight, labels, shift=1, reduction=reduction)
+        head, ours = self.lm_head, self.config.loss_implementation == "gpt4v_fast"
+        if ours and is_plain(head, nn.Linear):
+            hidden = hidden.to(head.weight.dtype)
+            loss = gf.linear_cross_entropy(hidden, head.weight, labels, bias=head.bias, shift=1, reduction=reduction)
         else:
-            logits = self.lm_head(hidden[:, :-1]).float()
-            loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction=reduction)
+            logits, target = head(hidden[:, :-1]).flatten(0, 1), labels[:, 1:].flatten()
+            loss = (
+                gf.cross_entropy(logits, target, reduction=reduction)
+                if ours
+                else F.cross_entropy(logits.float(), target, reduction=reduction)
+            )
         return loss if num_items is None else loss / num_items
 
     @can_return_tuple
@@ -297,6 +346,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -310,8 +360,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
         Args:
             labels (B, S): the ids of the text itself (position t predicts t + 1), -100 where nothing is
                 asked: on prompts, images and padding. The loss is the mean over the counted tokens, or their
-                    sum divided by
-                num_items_in_batch.
+                sum divided by num_items_in_batch.
             return_logits: None computes the logits where there are no labels, and in eval mode; a training
                 step never stores them. True and False decide it.
             logits_to_keep: the last so many positions (0: all), or their indices.
@@ -323,6 +372,7 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
+            mm_token_type_ids=mm_token_type_ids,
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
@@ -341,53 +391,6 @@ class GPT4VForConditionalGeneration(GPT4VPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
         )
-
-    def caption_prompt(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The ids (images, S) that ask for a caption of each image: `config.caption_prompt_ids`, its one
-        image token repeated for the image's features; without it the image alone."""
-        unit = self.config.vision_config.patch_size * self.config.projector_merge
-        tokens = (pixel_values.shape[-2] // unit) * (pixel_values.shape[-1] // unit)
-        image = self.config.image_token_id
-        prompt = self.config.caption_prompt_ids or [image]
-        if prompt.count(image) != 1:
-            raise ValueError(f"caption_prompt_ids must have one image token ({image}), got {prompt}")
-        at = prompt.index(image)
-        ids = prompt[:at] + [image] * tokens + prompt[at + 1 :]
-        return torch.tensor(ids, device=self.device).expand(len(pixel_values), -1)
-
-    @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`; with `pixel_values` and no text it captions each image."""
-        pixels = kwargs.get("pixel_values")
-        if inputs is None and pixels is not None and kwargs.get("input_ids") is None and "inputs_embeds" not in kwargs:
-            kwargs["input_ids"] = self.caption_prompt(pixels)
-        return super().generate(inputs, *args, **kwargs)
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
-        cache = inputs.get(CACHE)
-        if cache is not None and cache.get_seq_length() and not kwargs.get("is_first_iteration"):
-            inputs["pixel_values"] = None  # the features are in the cache
-        return inputs
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """Rows are repeated one by one, so the images of a row must be repeated as a group."""
-        pixels = kwargs.pop("pixel_values", None)
-        if pixels is not None and expand_size > 1 and input_ids is not None:
-            counts = (input_ids == self.config.image_token_id).sum(1)
-            each = int(counts.sum()) // max(len(pixels), 1)
-            groups = pixels.split((counts // max(each, 1)).tolist())
-            pixels = torch.cat([group for group in groups for _ in range(expand_size)])
-        input_ids, kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
-        )
-        return input_ids, kwargs if pixels is None else {**kwargs, "pixel_values": pixels}
 
 
 __all__ = ["GPT4VForConditionalGeneration", "GPT4VModel", "GPT4VPreTrainedModel"]

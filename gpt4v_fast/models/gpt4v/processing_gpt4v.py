@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from typing import Any
 
 from transformers import BatchFeature, ProcessorMixin
 
 from ..checkpoint import atomic_folder, check_folder
-from .image_processing_gpt4v import flatten_images
+from .images_gpt4v import flatten_images
 from .tokenization_gpt4v import CHAT_TEMPLATE, IMAGE
+
+TYPED = (
+    "\U000f0000"  # what apply_chat_template(sanitize_control_tokens=True) puts before a special token that a user typed
+)
+IMAGE_OPTIONS = (
+    "do_resize", "size", "resample", "do_center_crop", "crop_size", "input_data_format", "data_format",
+    "do_rescale", "do_normalize", "do_convert_rgb",
+)  # fmt: skip
 
 
 class GPT4VProcessor(ProcessorMixin):
@@ -61,15 +71,20 @@ class GPT4VProcessor(ProcessorMixin):
 
         Args:
             images: one image or (nested) lists of what `open_image` takes; in the order of the `<image>`
-                marks.
+                marks. Nested lists are those of each text.
             text: one prompt or a list. Each may hold any number of `<image>` marks, none too. Without text
                 only `pixel_values` come back.
-            kwargs: of the tokenizer (padding, max_length, ...). A batch is padded unless told otherwise.
+            kwargs: of the tokenizer (padding, max_length, ...) and of the image processor (size, ...). A batch is
+                padded unless told otherwise. return_mm_token_type_ids adds (B, S), 1 for image tokens.
+                return_offsets_mapping counts the characters of the texts as they came, an image token's those of its
+                `<image>` mark.
         Raises:
-            ValueError: neither text nor images, or a count of marks that is not that of the images.
+            ValueError: neither text nor images, a count of marks that is not that of the images, or truncation that
+                would cut an image.
         """
-        kwargs = {**kwargs.pop("text_kwargs", {}), **kwargs}
-        image_kwargs = kwargs.pop("images_kwargs", {})
+        kwargs = {**kwargs.pop("common_kwargs", {}), **kwargs.pop("text_kwargs", {}), **kwargs}
+        image_kwargs = {name: kwargs.pop(name) for name in IMAGE_OPTIONS if name in kwargs}
+        image_kwargs |= kwargs.pop("images_kwargs", {})
         unused = [name for name in ("videos", "audio") if kwargs.pop(name, None) is not None]
         if unused:
             raise ValueError(f"{unused[0]} must be None: the model takes text and images")
@@ -78,21 +93,66 @@ class GPT4VProcessor(ProcessorMixin):
         data: dict[str, Any] = {}
         flat = [] if images is None else flatten_images(images)
         if flat:
-            data.update(self.image_processor(flat, return_tensors=return_tensors, **image_kwargs))
+            data.update(self.image_processor(flat, **{"return_tensors": return_tensors, **image_kwargs}))
         if text is not None:
             prompts = [text] if isinstance(text, str) else list(text)
             if not all(isinstance(prompt, str) for prompt in prompts):
                 raise TypeError(f"text must be a string or a list of strings, got {type(text).__name__}")
             self._check_marks(prompts, images, len(flat))
-            kwargs.setdefault("padding", len(prompts) > 1)
-            expanded = [p.replace(self.image_token, self.image_token * self.image_seq_length) for p in prompts]
-            data.update(self.tokenizer(expanded, return_tensors=return_tensors, **kwargs))
+            data.update(self._tokenize(prompts, kwargs))
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def _marks(self, prompt: str) -> list[re.Match[str]]:
+        """The `<image>` marks of a text, but for those that transformers has marked as what a user typed."""
+        return list(re.finditer(f"(?<!{TYPED}){re.escape(self.image_token)}", prompt))
+
+    def _tokenize(self, prompts: list[str], options: dict[str, Any]) -> dict[str, Any]:
+        """The tokenizer's lists, each mark being `image_seq_length` tokens."""
+        options.setdefault("padding", len(prompts) > 1)
+        types = options.pop("return_mm_token_type_ids", False)
+        options.pop("return_text_replacement_offsets", None)  # our offsets are already those of the texts that came
+        marks = [[mark.span() for mark in self._marks(prompt)] for prompt in prompts]
+        image = self.image_token * self.image_seq_length
+        expanded = []
+        for prompt, spans in zip(prompts, marks, strict=True):
+            edges = [0, *(edge for span in spans for edge in span), len(prompt)]
+            expanded.append(image.join(prompt[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)))
+        out = dict(self.tokenizer(expanded, **options))
+        if len(out["input_ids"]) != len(prompts):
+            raise ValueError("return_overflowing_tokens must be False: a text in parts would part its images")
+        for row, (ids, spans) in enumerate(zip(out["input_ids"], marks, strict=True)):
+            expected, found = len(spans) * self.image_seq_length, list(ids).count(self.image_token_id)
+            if found != expected:
+                raise ValueError(
+                    f"text {row} must keep all {expected} tokens of its images, got {found}: "
+                    "truncation cut into them, give a larger max_length or shorter text"
+                )
+        if "offset_mapping" in out:
+            rows = zip(out["offset_mapping"], marks, strict=True)
+            out["offset_mapping"] = [self._unexpanded(offsets, spans) for offsets, spans in rows]
+        if types:
+            out["mm_token_type_ids"] = [[int(i == self.image_token_id) for i in ids] for ids in out["input_ids"]]
+        return out
+
+    def _unexpanded(self, offsets: list[tuple[int, int]], spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Characters of the expanded text as those of the text with the marks at `spans`."""
+        mark = len(self.image_token)
+        gained = mark * (self.image_seq_length - 1)
+        starts = [start + i * gained for i, (start, _) in enumerate(spans)]  # of the images, in the expanded text
+
+        def place(start: int, end: int) -> tuple[int, int]:
+            before = bisect_right(starts, start)  # images that begin at or before this token
+            if before and start < starts[before - 1] + mark + gained and end > start:
+                return spans[before - 1]
+            return start - before * gained, end - before * gained
+
+        return [place(start, end) if end > start else (start, end) for start, end in offsets]
+
     def _check_marks(self, prompts: list[str], images: Any, count: int) -> None:
-        marks = [prompt.count(self.image_token) for prompt in prompts]
-        nested = isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images)
-        if nested and len(images) == len(prompts):
+        marks = [len(self._marks(prompt)) for prompt in prompts]
+        if isinstance(images, list | tuple) and any(isinstance(item, list | tuple) for item in images):
+            if len(images) != len(prompts):
+                raise ValueError(f"images must have one list for each of the {len(prompts)} texts, got {len(images)}")
             for row, (found, own) in enumerate(zip(marks, images, strict=True)):
                 if found != len(flatten_images(own)):
                     raise ValueError(
