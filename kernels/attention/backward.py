@@ -87,8 +87,6 @@ def _attention_backward_dq_kernel(
     dout_tile = rows_of(dout, b, h, first_query, UNIT)
     k_head = head_of(k, b, h // OPTIONS.GROUP, UNIT)
     v_head = head_of(v, b, h // OPTIONS.GROUP, UNIT)
-    stride_k = k.row * UNIT
-    stride_v = v.row * UNIT
 
     out_tile = tile_pointers(out_ptr + row * V.D, block, columns_v, V.D)
     dout_tile = tile_pointers(dout_tile, block, columns_v, dout.row * UNIT)
@@ -119,6 +117,8 @@ def _attention_backward_dq_kernel(
     CHUNKED: tl.constexpr = QK.CHUNK < QK.BLOCK or V.CHUNK < V.BLOCK
     if CHUNKED:  # one walk, as in the forward kernel
         unmasked = 0
+    stride_k = k.row * UNIT
+    stride_v = v.row * UNIT
     dq = _accumulate_dq(
         dq, q_rows, dout_rows, lse, delta, k_head, v_head, stride_k, stride_v, queries, unmasked, last, S, T, offset,
         to_cap, to_log2, BLOCKS.MASKED, True, OPTIONS,

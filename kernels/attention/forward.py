@@ -101,14 +101,12 @@ def _attention_forward_kernel(
     block = tl.arange(0, BLOCK_M)
     columns = tl.arange(0, QK.CHUNK)
     columns_v = tl.arange(0, V.CHUNK)
-    n_rows = S - first_query
     q_tile = rows_of(q, b, h, first_query, UNIT)
     k_head = head_of(k, b, h // OPTIONS.GROUP, UNIT)
     v_head = head_of(v, b, h // OPTIONS.GROUP, UNIT)
-    stride_k = k.row * UNIT
-    stride_v = v.row * UNIT
 
     q_tile = tile_pointers(q_tile, block, columns, q.row * UNIT)
+    n_rows = S - first_query
     q_rows = operand(q_tile, block, columns, n_rows, QK, True)  # (BLOCK_M, BLOCK_D)
     acc = zero_sums(BLOCK_M, V)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -117,6 +115,8 @@ def _attention_forward_kernel(
     CHUNKED: tl.constexpr = QK.CHUNK < QK.BLOCK or V.CHUNK < V.BLOCK
     if CHUNKED:  # masks cost 2% there, and a second loop more registers than there are
         unmasked = 0
+    stride_k = k.row * UNIT
+    stride_v = v.row * UNIT
     # The masked blocks go first: what their masks need is then no burden on the registers of the long loop.
     acc, row_max, row_sum = _attend(
         acc, row_max, row_sum, q_rows, k_head, v_head, stride_k, stride_v, queries, unmasked, last, S, T, offset,
