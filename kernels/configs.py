@@ -68,10 +68,6 @@ class ProductTile:
     group: int = 16  # rows of tiles that are walked together
 
     @property
-    def blocks(self) -> dict[str, int]:
-        return {"BLOCK_M": self.block_m, "BLOCK_V": self.block_v, "BLOCK_E": self.block_e, "GROUP": self.group}
-
-    @property
     def launch_options(self) -> dict[str, int]:
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.registers is None else {**options, "maxnreg": self.registers}
@@ -115,7 +111,7 @@ def _tiles(*tiles: tuple[Any, ...]) -> tuple[ProductTile, ...]:
 #   gfx942  a warp takes 32 rows; with fewer rows than that a warp, scores are computed more than once. 64 KB of LDS.
 #           dk and dv of 256-wide fp32 heads spill unless taken in chunks.
 #   cuda    fp32 as three products of tf32 halves, which doubles operands and so the registers. Heads over 128 go in
-#           chunks (kernels/attention/chunks.py); tiles wider than high, so that warps share columns and compute no score twice.
+#           chunks (attention/chunks.py); tiles wider than high, so that warps share columns and compute no score twice.
 ATTENTION: dict[tuple[str, int, int], AttentionConfig] = {
     ("sm_80", 16, 32): _attention((128, 128, 8, 2, 128), (128, 32, 4, 2, 32), (32, 128, 4, 2, 32)),
     ("sm_80", 16, 64): _attention((128, 128, 8, 2, 64), (128, 64, 8, 2, 64), (32, 128, 8, 2, 32)),

@@ -28,7 +28,7 @@ import multiprocessing
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -202,7 +202,7 @@ def _guard_memory() -> None:
 
     @functools.wraps(plain_call)
     def guarded_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        tensors = list(_tensors((*args, *kwargs.values())))
         extents[:] = [_inputs.get(x.untyped_storage().data_ptr()) or _extent(x) for x in tensors]
         return plain_call(self, *args, **kwargs)
 
@@ -230,6 +230,15 @@ def _guard_memory() -> None:
     # Unmasked loads and stores come here too, with a mask of ones.
     guard("create_masked_load", 0, "load")
     guard("create_masked_store", 1, "store")
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Tensors among a kernel's arguments, in NamedTuples too."""
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor):
+            yield argument
+        elif isinstance(argument, tuple):
+            yield from _tensors(argument)
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:

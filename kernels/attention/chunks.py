@@ -5,7 +5,8 @@ a wide head are never whole there: an operand is no tile but the pointers of its
 columns is a loop whose loads are pipelined, and an accumulator is a tuple of (rows, CHUNK) tiles. Queries come from the
 caches again for every block of keys: 32 bytes a score beside the 128 of keys and values, in tiles of 16 x 32.
 
-Where BLOCK = CHUNK the functions are a load, a dot or a store, and compile to just that.
+`OF` is the head's arguments.Columns. Where BLOCK = CHUNK the functions are a load, a dot or a store, and compile to
+just that.
 """
 
 # Kernels grow tuples in loops, which Triton unrolls and types anew.
@@ -19,23 +20,20 @@ from gpt4v_fast.kernels.common import load_tile, store_tile
 
 
 @triton.jit
-def operand(
-    pointers, rows, columns, n_rows, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MASK_ROWS: tl.constexpr
-):
+def operand(pointers, rows, columns, n_rows, OF: tl.constexpr, MASK_ROWS: tl.constexpr):
     """What `row_products` and `accumulate` take: the tile, or its pointers where BLOCK columns are more than CHUNK."""
-    if CHUNK < BLOCK:
+    if OF.CHUNK < OF.BLOCK:
         return pointers
     else:
-        return load_tile(pointers, rows, columns, n_rows, D, MASK_ROWS)
+        return load_tile(pointers, rows, columns, n_rows, OF.D, MASK_ROWS)
 
 
 @triton.jit
-def row_products(
-    a, b, rows_a, n_a, rows_b, n_b,
-    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MASK_B: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def row_products(a, b, rows_a, n_a, rows_b, n_b, OF: tl.constexpr, MASK_B: tl.constexpr, PRECISION: tl.constexpr):
     """a b^T for operands of D columns. Chunks come from memory (or its caches) once for every use."""
-    if CHUNK == BLOCK:
+    D: tl.constexpr = OF.D
+    CHUNK: tl.constexpr = OF.CHUNK
+    if CHUNK == OF.BLOCK:
         return tl.dot(a, tl.trans(b), input_precision=PRECISION)
     else:
         columns = tl.arange(0, CHUNK)
@@ -52,8 +50,10 @@ def row_products(
 
 
 @triton.jit
-def zero_sums(ROWS: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr):
+def zero_sums(ROWS: tl.constexpr, OF: tl.constexpr):
     """An accumulator of D columns: a tuple of (ROWS, CHUNK) tiles, as many as it takes."""
+    D: tl.constexpr = OF.D  # Triton 3.6 takes no member of a NamedTuple for a bound of static_range
+    CHUNK: tl.constexpr = OF.CHUNK
     sums = ()
     for _ in tl.static_range(0, D, CHUNK):
         sums += (tl.zeros((ROWS, CHUNK), tl.float32),)
@@ -70,12 +70,11 @@ def scale_sums(sums, factor):
 
 
 @triton.jit
-def accumulate(
-    sums, a, b, rows_b, n_b,
-    D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, MASK_B: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def accumulate(sums, a, b, rows_b, n_b, OF: tl.constexpr, MASK_B: tl.constexpr, PRECISION: tl.constexpr):
     """sums + a b, of `zero_sums`' form; a is a tile, b an operand of D columns."""
-    if CHUNK == BLOCK:
+    D: tl.constexpr = OF.D
+    CHUNK: tl.constexpr = OF.CHUNK
+    if CHUNK == OF.BLOCK:
         return (tl.dot(a.to(b.dtype), b, sums[0], input_precision=PRECISION),)
     else:
         columns = tl.arange(0, CHUNK)
@@ -87,8 +86,10 @@ def accumulate(
 
 
 @triton.jit
-def store_sums(base, sums, factor, rows, n_rows, D: tl.constexpr, CHUNK: tl.constexpr):
+def store_sums(base, sums, factor, rows, n_rows, OF: tl.constexpr):
     """sums times a scalar to rows of D elements that follow one another."""
+    D: tl.constexpr = OF.D
+    CHUNK: tl.constexpr = OF.CHUNK
     columns = tl.arange(0, CHUNK)
     for c in tl.static_range(len(sums)):
         store_tile(base + c * CHUNK, sums[c] * factor, rows, columns, D, n_rows, D - c * CHUNK)

@@ -7,7 +7,8 @@ owns BLOCK_M queries of one head and walks over the keys in blocks of BLOCK_N, s
 Backward (the same paper, algorithm 2): scores are computed again from lse. One kernel owns queries and makes dq, and,
 since it has dout and out at hand, delta = rowsum(dout * out) - dlse; a second one owns keys and makes dk and dv,
 walking over the queries of every head of its group. Nothing is added by atomics, so results are the same bits each run.
-Heads too wide for the registers are taken some columns at a time (kernels/attention/chunks.py), dk and dv then by a launch each.
+Heads too wide for the registers are taken some columns at a time (kernels/attention/chunks.py); dk and dv then have a
+launch each.
 
 Flops: 4 S T D a head forward, 14 S T D backward (2.5 times forward, and 2 products of scores done twice for want of
 atomics), half of it when causal. Bytes: q, k, v, out once each from memory if a head's keys fit in L2.
@@ -22,6 +23,7 @@ import triton
 import triton.language as tl
 
 from gpt4v_fast.kernels import configs
+from gpt4v_fast.kernels.attention.arguments import Blocks, Columns, Heads, Options, head_of, rows_of
 from gpt4v_fast.kernels.attention.backward import _attention_backward_dkdv_kernel, _attention_backward_dq_kernel
 from gpt4v_fast.kernels.attention.chunks import accumulate, operand, row_products, scale_sums, zero_sums
 from gpt4v_fast.kernels.common import (
@@ -49,91 +51,91 @@ MAX_ROW_STRIDE = 2**31 // MAX_TILE - MAX_HEAD_DIM  # elements; offsets inside a 
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, k_head, v_head, stride_k, stride_v, queries, n_queries, first_key, last_key, n_keys,
-    offset, to_cap, to_log2,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    acc, row_max, row_sum, q, k_head, v_head, stride_k, stride_v, queries, first_key, last_key, S, T, offset, to_cap,
+    to_log2, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Keys first_key..last_key (a multiple of BLOCK_N apart unless MASKED) for one block of queries."""
+    QK: tl.constexpr = OPTIONS.QK
+    V: tl.constexpr = OPTIONS.V
+    PRECISION: tl.constexpr = OPTIONS.PRECISION
     block = tl.arange(0, BLOCK_N)
-    columns = tl.arange(0, CHUNK_D)
-    columns_v = tl.arange(0, CHUNK_DV)
+    columns = tl.arange(0, QK.CHUNK)
+    columns_v = tl.arange(0, V.CHUNK)
     k_tile = tile_pointers(k_head + tl.cast(first_key, tl.int64) * stride_k, block, columns, stride_k)
     v_tile = tile_pointers(v_head + tl.cast(first_key, tl.int64) * stride_v, block, columns_v, stride_v)
     if MASKED:
-        limit = last_visible(queries, n_keys, offset, CAUSAL)
+        limit = last_visible(queries, T, offset, OPTIONS.CAUSAL)
     for start in tl.range(first_key, last_key, BLOCK_N):
-        k = operand(k_tile, block, columns, n_keys - start, D, BLOCK_D, CHUNK_D, MASKED)  # (BLOCK_N, BLOCK_D)
-        scores = row_products(
-            q, k, queries, n_queries, block, n_keys - start, D, BLOCK_D, CHUNK_D, MASKED, PRECISION
-        )  # (BLOCK_M, BLOCK_N)
-        if SOFTCAP:
+        n_rows = T - start
+        k = operand(k_tile, block, columns, n_rows, QK, MASKED)  # (BLOCK_N, BLOCK_D)
+        scores = row_products(q, k, queries, S, block, n_rows, QK, MASKED, PRECISION)  # (BLOCK_M, BLOCK_N)
+        if OPTIONS.SOFTCAP:
             scores = tanh(scores * to_cap)
         if MASKED:
             scores = tl.where((start + block)[None, :] <= limit[:, None], scores, float("-inf"))
         p, rescale, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, to_log2, MASKED)
-        v = operand(v_tile, block, columns_v, n_keys - start, DV, BLOCK_DV, CHUNK_DV, MASKED)  # (BLOCK_N, BLOCK_DV)
+        v = operand(v_tile, block, columns_v, n_rows, V, MASKED)  # (BLOCK_N, BLOCK_DV)
         p = p.to(v_head.dtype.element_ty)
         acc = scale_sums(acc, rescale[:, None])
-        acc = accumulate(acc, p, v, block, n_keys - start, DV, BLOCK_DV, CHUNK_DV, MASKED, PRECISION)
+        acc = accumulate(acc, p, v, block, n_rows, V, MASKED, PRECISION)
         k_tile += tl.cast(stride_k, tl.int64) * BLOCK_N
         v_tile += tl.cast(stride_v, tl.int64) * BLOCK_N
     return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["H", "S", "T", "offset"])
+@triton.jit(do_not_specialize=["heads", "S", "T", "offset"])
 def _attention_forward_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-    H, S, T, offset, to_cap, to_log2,
-    GROUP: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASKED_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    CHUNK_D: tl.constexpr, CHUNK_DV: tl.constexpr, CAUSAL: tl.constexpr, SOFTCAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
+    q, k, v, out_ptr, lse_ptr, heads, S, T, offset, to_cap, to_log2, BLOCKS: tl.constexpr, OPTIONS: tl.constexpr
+):
+    """out and lse of BLOCKS.M queries of one head."""
+    QK: tl.constexpr = OPTIONS.QK
+    V: tl.constexpr = OPTIONS.V
+    UNIT: tl.constexpr = OPTIONS.UNIT
+    BLOCK_M: tl.constexpr = BLOCKS.M
     blocks = tl.cdiv(S, BLOCK_M)
     # The last queries see the most keys, so their blocks start first and the short ones fill the gaps at the end.
     first_query = (blocks - 1 - tl.program_id(0) % blocks) * BLOCK_M
-    b = (tl.program_id(0) // blocks // H).to(tl.int64)
-    h = (tl.program_id(0) // blocks % H).to(tl.int64)
+    b = (tl.program_id(0) // blocks // heads).to(tl.int64)
+    h = (tl.program_id(0) // blocks % heads).to(tl.int64)
     queries = first_query + tl.arange(0, BLOCK_M)
     block = tl.arange(0, BLOCK_M)
-    columns = tl.arange(0, CHUNK_D)
-    columns_v = tl.arange(0, CHUNK_DV)
-    q_tile = q_ptr + (b * stride_qb + h * stride_qh + first_query.to(tl.int64) * stride_qs) * UNIT
-    k_head = k_ptr + (b * stride_kb + h // GROUP * stride_kh) * UNIT
-    v_head = v_ptr + (b * stride_vb + h // GROUP * stride_vh) * UNIT
+    columns = tl.arange(0, QK.CHUNK)
+    columns_v = tl.arange(0, V.CHUNK)
+    q_tile = rows_of(q, b, h, first_query, UNIT)
+    k_head = head_of(k, b, h // OPTIONS.GROUP, UNIT)
+    v_head = head_of(v, b, h // OPTIONS.GROUP, UNIT)
 
-    q_tile = tile_pointers(q_tile, block, columns, stride_qs * UNIT)
-    q = operand(q_tile, block, columns, S - first_query, D, BLOCK_D, CHUNK_D, True)  # (BLOCK_M, BLOCK_D)
-    acc = zero_sums(BLOCK_M, DV, CHUNK_DV)
+    q_tile = tile_pointers(q_tile, block, columns, q.row * UNIT)
+    n_rows = S - first_query
+    q_rows = operand(q_tile, block, columns, n_rows, QK, True)  # (BLOCK_M, BLOCK_D)
+    acc = zero_sums(BLOCK_M, V)
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    unmasked, last = key_bounds(first_query, T, offset, BLOCK_M, BLOCK_N, CAUSAL)
-    CHUNKED: tl.constexpr = CHUNK_D < BLOCK_D or CHUNK_DV < BLOCK_DV
+    unmasked, last = key_bounds(first_query, T, offset, BLOCK_M, BLOCKS.N, OPTIONS.CAUSAL)
+    CHUNKED: tl.constexpr = QK.CHUNK < QK.BLOCK or V.CHUNK < V.BLOCK
     if CHUNKED:  # masks cost 2% there, and a second loop more registers than there are
         unmasked = 0
+    stride_k = k.row * UNIT
+    stride_v = v.row * UNIT
     # The masked blocks go first: what their masks need is then no burden on the registers of the long loop.
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, S, unmasked, last, T,
-        offset, to_cap, to_log2, D, DV, MASKED_N, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, CAUSAL, True, SOFTCAP,
-        PRECISION,
+        acc, row_max, row_sum, q_rows, k_head, v_head, stride_k, stride_v, queries, unmasked, last, S, T, offset,
+        to_cap, to_log2, BLOCKS.MASKED, True, OPTIONS,
     )  # fmt: skip
     if not CHUNKED:
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, q, k_head, v_head, stride_kt * UNIT, stride_vt * UNIT, queries, S, 0, unmasked, T,
-            offset, to_cap, to_log2, D, DV, BLOCK_N, BLOCK_D, BLOCK_DV, CHUNK_D, CHUNK_DV, CAUSAL, False, SOFTCAP,
-            PRECISION,
+            acc, row_max, row_sum, q_rows, k_head, v_head, stride_k, stride_v, queries, 0, unmasked, S, T, offset,
+            to_cap, to_log2, BLOCKS.N, False, OPTIONS,
         )  # fmt: skip
 
-    row = (b * H + h) * S + first_query
+    row = (b * heads + h) * S + first_query
     saw_nothing = row_sum == 0.0
     lse = tl.where(saw_nothing, float("-inf"), (row_max + tl.log2(row_sum)) * _LN2)
     for c in tl.static_range(len(acc)):
         out = acc[c] / tl.where(saw_nothing, 1.0, row_sum)[:, None]
-        store_tile(out_ptr + row * DV + c * CHUNK_DV, out, block, columns_v, DV, S - first_query, DV - c * CHUNK_DV)
-    tl.store(lse_ptr + row + block, lse, mask=block < S - first_query)
+        out_tile = out_ptr + row * V.D + c * V.CHUNK
+        store_tile(out_tile, out, block, columns_v, V.D, n_rows, V.D - c * V.CHUNK)
+    tl.store(lse_ptr + row + block, lse, mask=block < n_rows)
 
 
 def _padded(head_dim: int) -> int:
@@ -159,6 +161,16 @@ def _positive_scale(q: torch.Tensor, scale: float) -> tuple[torch.Tensor, float,
 def _score_factors(scale: float, softcap: float | None) -> tuple[float, float]:
     """(to_cap, to_log2): what multiplies q k^T before tanh, and what makes base-2 logits of the result."""
     return (0.0, scale * LOG2E) if softcap is None else (scale / softcap, softcap * LOG2E)
+
+
+def _heads(*tensors: torch.Tensor) -> tuple[int, list[Heads]]:
+    """(unit of the strides, the tensors as kernels take them)."""
+    unit, strides = strides_in_units(*tensors)
+    return unit, [Heads(tensor, *of_tensor) for tensor, of_tensor in zip(tensors, strides, strict=True)]
+
+
+def _blocks(tile: configs.Tile) -> Blocks:
+    return Blocks(tile.block_m, tile.block_n, tile.masked)
 
 
 def _grid(blocks: int, heads: int) -> tuple[int]:
@@ -195,7 +207,7 @@ def attention_forward(
     q, scale, _ = _positive_scale(q, scale)
     q, k, v = _kernel_layout(q), _kernel_layout(k), _kernel_layout(v)
     to_cap, to_log2 = _score_factors(scale, softcap)
-    unit, (q_strides, k_strides, v_strides) = strides_in_units(q, k, v)
+    unit, heads = _heads(q, k, v)
     with on_device(q):
         arch = target_arch()
         tile = configs.attention(arch, q.dtype, max(block_d, block_dv)).forward
@@ -203,14 +215,25 @@ def attention_forward(
             # For these rows and values narrower than keys ptxas 12.8 (Triton 3.6) makes a descriptor from registers
             # that it has not set: wrong results, reads outside of shared memory (docs/tuning.md).
             block_dv = max(block_d, block_dv)
-        _attention_forward_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
-            q, k, v, out, lse, *q_strides, *k_strides, *v_strides, H, S, T, offset, to_cap, to_log2,
-            GROUP=H // Hkv, D=D, DV=Dv, UNIT=unit,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_N=tile.masked, BLOCK_D=block_d, BLOCK_DV=block_dv,
-            CHUNK_D=min(tile.chunk, block_d), CHUNK_DV=min(tile.chunk, block_dv),
-            CAUSAL=causal, SOFTCAP=softcap is not None, PRECISION=configs.dot_precision(arch, q.dtype),
-            **tile.launch_options, **launch_options(arch),
+        options = Options(
+            Columns(D, block_d, min(tile.chunk, block_d)), Columns(Dv, block_dv, min(tile.chunk, block_dv)),
+            H // Hkv, unit, causal, softcap is not None, configs.dot_precision(arch, q.dtype),
         )  # fmt: skip
+        _attention_forward_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
+            *heads,
+            out,
+            lse,
+            H,
+            S,
+            T,
+            offset,
+            to_cap,
+            to_log2,
+            BLOCKS=_blocks(tile),
+            OPTIONS=options,
+            **tile.launch_options,
+            **launch_options(arch),
+        )
     return out, lse
 
 
@@ -248,32 +271,45 @@ def attention_backward(
     out, lse = out.contiguous(), lse.contiguous()
     delta = torch.empty_like(lse)
     to_cap, to_log2 = _score_factors(scale, softcap)
-    unit, (q_strides, k_strides, v_strides, d_strides) = strides_in_units(q, k, v, dout)
+    unit, heads = _heads(q, k, v, dout)
     with on_device(q):
         arch = target_arch()
         config = configs.attention(arch, q.dtype, max(block_d, block_dv))
-        shared = {
-            "GROUP": H // Hkv, "D": D, "DV": Dv, "UNIT": unit, "BLOCK_D": block_d, "BLOCK_DV": block_dv,
-            "CAUSAL": causal, "SOFTCAP": softcap is not None, "PRECISION": configs.dot_precision(arch, q.dtype),
-            **launch_options(arch),
-        }  # fmt: skip
+        known = H // Hkv, unit, causal, softcap is not None, configs.dot_precision(arch, q.dtype)
+
+        def options(chunk: int) -> Options:
+            return Options(
+                Columns(D, block_d, min(chunk, block_d)), Columns(Dv, block_dv, min(chunk, block_dv)), *known
+            )
+
         tile = config.backward_dq
         _attention_backward_dq_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
-            q, k, v, out, dout, lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta, dq,
-            *q_strides, *k_strides, *v_strides, *d_strides, H, S, T, offset, scale, to_cap, to_log2,
-            BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_N=tile.masked, HAS_DLSE=dlse is not None,
-            CHUNK_D=min(tile.chunk, block_d), CHUNK_DV=min(tile.chunk, block_dv),
-            **tile.launch_options, **shared,
+            *heads, out, lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta, dq,
+            H, S, T, offset, scale, to_cap, to_log2, HAS_DLSE=dlse is not None, BLOCKS=_blocks(tile),
+            OPTIONS=options(tile.chunk), **tile.launch_options, **launch_options(arch),
         )  # fmt: skip
         tile = config.backward_dkdv
         # Where rows of a head are taken in chunks, dk and dv in one program would not fit its registers.
         together = max(block_d, block_dv) <= tile.chunk
         for of_k, of_v in [(True, True)] if together else [(True, False), (False, True)]:
             _attention_backward_dkdv_kernel[_grid(triton.cdiv(T, tile.block_n), B * Hkv)](
-                q, k, v, dout, lse, delta, dk, dv,
-                *q_strides, *k_strides, *v_strides, *d_strides, Hkv, S, T, offset, scale, to_cap, to_log2,
-                BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, MASKED_M=tile.masked,
-                CHUNK_D=min(tile.chunk, block_d), CHUNK_DV=min(tile.chunk, block_dv), OF_K=of_k, OF_V=of_v,
-                **tile.launch_options, **shared,
-            )  # fmt: skip
+                *heads,
+                lse,
+                delta,
+                dk,
+                dv,
+                Hkv,
+                S,
+                T,
+                offset,
+                scale,
+                to_cap,
+                to_log2,
+                OF_K=of_k,
+                OF_V=of_v,
+                BLOCKS=_blocks(tile),
+                OPTIONS=options(tile.chunk),
+                **tile.launch_options,
+                **launch_options(arch),
+            )
     return (dq if factor == 1.0 else dq * factor), dk, dv

@@ -18,6 +18,8 @@ nobody's), and makes the in-place gradient a race between rows.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -37,6 +39,19 @@ from gpt4v_fast.kernels.common import (
 
 _LN2 = tl.constexpr(LN2)
 _LOG2E = tl.constexpr(LOG2E)
+
+
+class Loss(NamedTuple):
+    """Which terms the loss has, for the compiler."""
+
+    HAS_WEIGHT: bool
+    SMOOTHING: bool
+    SOFTCAP: bool
+
+
+class ClassWeights(NamedTuple):
+    pointer: Any  # a torch.Tensor (V,) for the launcher
+    sum: Any  # of one element
 
 
 @triton.jit
@@ -70,9 +85,8 @@ def capped(x, softcap, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _online_step(
-    x, valid, columns, row_max, origin, sums, smooth, weight_ptr, softcap,
-    MASKED: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
+    x, valid, columns, row_max, origin, sums, smooth, weight_ptr, softcap, MASKED: tl.constexpr, LOSS: tl.constexpr
+):
     """Take one tile of logits into a row's statistics: maximum logit, origin of the exponents, and sums lane by lane.
 
     sums holds exp(z - origin), smooth holds w z. (z - origin) is formed before it is multiplied by log2(e): the
@@ -80,17 +94,17 @@ def _online_step(
     """
     new_max = tl.maximum(row_max, tl.max(x, 0))
     # exp(z - origin) must exist for a row of infinities too: then 0 is as good an origin as any.
-    new_origin = tl.where(tl.abs(new_max) == float("inf"), 0.0, capped(new_max, softcap, SOFTCAP))
+    new_origin = tl.where(tl.abs(new_max) == float("inf"), 0.0, capped(new_max, softcap, LOSS.SOFTCAP))
     rescale = tl.where(row_max == float("-inf"), 0.0, tl.exp2((origin - new_origin) * _LOG2E))
-    z = capped(x, softcap, SOFTCAP)
+    z = capped(x, softcap, LOSS.SOFTCAP)
     p = tl.exp2((z - new_origin) * _LOG2E)
-    if MASKED and SOFTCAP:
+    if MASKED and LOSS.SOFTCAP:
         p = tl.where(valid, p, 0.0)
     sums = sums * rescale + p
-    if SMOOTHING:
+    if LOSS.SMOOTHING:
         if MASKED:
             z = tl.where(valid, z, 0.0)
-        if HAS_WEIGHT:
+        if LOSS.HAS_WEIGHT:
             z = z * tl.load(weight_ptr + columns, mask=valid, other=0.0)
         smooth += z
     return new_max, new_origin, sums, smooth
@@ -98,10 +112,8 @@ def _online_step(
 
 @triton.jit(do_not_specialize=["V", "lead"])
 def _cross_entropy_forward_kernel(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, nll_ptr, lse_ptr, argmax_ptr,
-    stride, lead, V, ignore_index, smoothing, softcap,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+    logits_ptr, target_ptr, weights, nll_ptr, lse_ptr, argmax_ptr, stride, lead, V, ignore_index, smoothing, softcap,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -120,8 +132,8 @@ def _cross_entropy_forward_kernel(
         x = tl.load(logits_ptr + start + lane).to(tl.float32)  # (BLOCK,)
         previous = row_max
         row_max, origin, sums, smooth = _online_step(
-            x, lane >= 0, head + start + lane, row_max, origin, sums, smooth, weight_ptr, softcap,
-            False, HAS_WEIGHT, SMOOTHING, SOFTCAP,
+            x, lane >= 0, head + start + lane, row_max, origin, sums, smooth, weights.pointer, softcap,
+            False, LOSS,
         )  # fmt: skip
         best = tl.where(row_max > previous, start, best)
     # The mask is the same for all elements of a vector, so that the compiler may load vectors.
@@ -129,8 +141,8 @@ def _cross_entropy_forward_kernel(
     x = tl.load(logits_ptr + whole + lane, mask=valid, other=float("-inf")).to(tl.float32)
     previous = row_max
     row_max, origin, sums, smooth = _online_step(
-        x, valid, head + whole + lane, row_max, origin, sums, smooth, weight_ptr, softcap,
-        True, HAS_WEIGHT, SMOOTHING, SOFTCAP,
+        x, valid, head + whole + lane, row_max, origin, sums, smooth, weights.pointer, softcap,
+        True, LOSS,
     )  # fmt: skip
     best = tl.where(row_max > previous, whole, best)
     columns, exists = _edge_columns(head, vectors, tl.where(counted, V, 0), VECTOR)
@@ -139,8 +151,8 @@ def _cross_entropy_forward_kernel(
     body_origin = origin
     body_max = row_max
     row_max, origin, edge_sums, edge_smooth = _online_step(
-        edge, exists, columns, row_max, origin, edge_zeros, edge_zeros, weight_ptr, softcap,
-        True, HAS_WEIGHT, SMOOTHING, SOFTCAP,
+        edge, exists, columns, row_max, origin, edge_zeros, edge_zeros, weights.pointer, softcap,
+        True, LOSS,
     )  # fmt: skip
     rescale = tl.where(body_max == float("-inf"), 0.0, tl.exp2((body_origin - origin) * _LOG2E))
     log_sum = tl.log2(tl.sum(sums, 0) * rescale + tl.sum(edge_sums, 0)) * _LN2
@@ -152,13 +164,13 @@ def _cross_entropy_forward_kernel(
     outer = tl.min(tl.where(exists & (edge == row_max), columns, V - 1), 0)
     tl.store(argmax_ptr + row, tl.where(counted, tl.minimum(inner, outer), -1).to(tl.int64))
 
-    z = capped(tl.load(logits_ptr + target - head, mask=counted, other=0.0).to(tl.float32), softcap, SOFTCAP)
+    z = capped(tl.load(logits_ptr + target - head, mask=counted, other=0.0).to(tl.float32), softcap, LOSS.SOFTCAP)
     nll = origin - z + log_sum
-    if HAS_WEIGHT:
-        nll *= tl.load(weight_ptr + target, mask=counted, other=0.0)
-    if SMOOTHING:
-        weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
-        smooth_sum = weights * (origin + log_sum) - (tl.sum(smooth, 0) + tl.sum(edge_smooth, 0))
+    if LOSS.HAS_WEIGHT:
+        nll *= tl.load(weights.pointer + target, mask=counted, other=0.0)
+    if LOSS.SMOOTHING:
+        weight_sum = tl.load(weights.sum) if LOSS.HAS_WEIGHT else V
+        smooth_sum = weight_sum * (origin + log_sum) - (tl.sum(smooth, 0) + tl.sum(edge_smooth, 0))
         nll = (1.0 - smoothing) * nll + smoothing / V * smooth_sum
     elsewise = tl.where(ignored, 0.0, float("nan"))
     tl.store(nll_ptr + row, tl.where(counted, nll, elsewise))
@@ -166,50 +178,51 @@ def _cross_entropy_forward_kernel(
 
 
 @triton.jit
-def gradient_slopes(
-    target, grad_nll, grad_lse, weight_ptr, weight_sum_ptr, V, smoothing,
-    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr,
-):  # fmt: skip
+def gradient_slopes(target, grad_nll, grad_lse, weights, V, smoothing, LOSS: tl.constexpr):
     """(slope_p, slope_target, slope_all) of `logit_gradient` for labels that count, of one row or of several."""
     slope_target = grad_nll
     slope_p = grad_nll
     slope_all = tl.zeros_like(grad_nll)
-    if HAS_WEIGHT:
-        slope_target *= tl.load(weight_ptr + target)
+    if LOSS.HAS_WEIGHT:
+        slope_target *= tl.load(weights.pointer + target)
         slope_p = slope_target
-    if SMOOTHING:
-        weights = tl.load(weight_sum_ptr) if HAS_WEIGHT else V
+    if LOSS.SMOOTHING:
+        weight_sum = tl.load(weights.sum) if LOSS.HAS_WEIGHT else V
         slope_target *= 1.0 - smoothing
         slope_all = grad_nll * (smoothing / V)
-        slope_p = slope_target + slope_all * weights
+        slope_p = slope_target + slope_all * weight_sum
     return slope_p + grad_lse, slope_target, slope_all
 
 
 @triton.jit
-def logit_gradient(
-    x, columns, valid, target, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
-    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """slope_p * softmax(z) - slope_target * [column = target] - slope_all * w, times dz/dx."""
-    z = capped(x, softcap, SOFTCAP)
-    gradient = slope_p * tl.exp2((z - lse) * _LOG2E)
-    if SMOOTHING:
-        if HAS_WEIGHT:
+def z_gradient(p, columns, valid, target, slope_p, slope_target, slope_all, weight_ptr, LOSS: tl.constexpr):
+    """slope_p * p - slope_target * [column = target] - slope_all * w for probabilities p."""
+    gradient = slope_p * p
+    if LOSS.SMOOTHING:
+        if LOSS.HAS_WEIGHT:
             gradient -= slope_all * tl.load(weight_ptr + columns, mask=valid, other=0.0)
         else:
             gradient -= slope_all
-    gradient = tl.where(columns == target, gradient - slope_target, gradient)
-    if SOFTCAP:
+    return tl.where(columns == target, gradient - slope_target, gradient)
+
+
+@triton.jit
+def logit_gradient(
+    x, columns, valid, target, lse, slope_p, slope_target, slope_all, weight_ptr, softcap, LOSS: tl.constexpr
+):
+    """`z_gradient` of p = softmax(z), times dz/dx."""
+    p = tl.exp2((capped(x, softcap, LOSS.SOFTCAP) - lse) * _LOG2E)
+    gradient = z_gradient(p, columns, valid, target, slope_p, slope_target, slope_all, weight_ptr, LOSS)
+    if LOSS.SOFTCAP:
         gradient *= tanh_slope(x / softcap)
     return gradient
 
 
 @triton.jit(do_not_specialize=["V", "lead", "out_lead"])
 def _cross_entropy_backward_kernel(
-    grad_nll_ptr, grad_lse_ptr, logits_ptr, target_ptr, lse_ptr, weight_ptr, weight_sum_ptr, out_ptr,
+    grad_nll_ptr, grad_lse_ptr, logits_ptr, target_ptr, lse_ptr, weights, out_ptr,
     stride, lead, out_stride, out_lead, V, ignore_index, smoothing, softcap,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SAME_BOUNDARIES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr, SAME_BOUNDARIES: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -227,28 +240,24 @@ def _cross_entropy_backward_kernel(
     if (target >= 0) & (target < V) & (target != ignore_index):
         lse = tl.load(lse_ptr + row)
         slope_p, slope_target, slope_all = gradient_slopes(
-            target, tl.load(grad_nll_ptr + row), tl.load(grad_lse_ptr + row), weight_ptr, weight_sum_ptr, V, smoothing,
-            HAS_WEIGHT, SMOOTHING,
-        )  # fmt: skip
-        weight_ptr += head
+            target, tl.load(grad_nll_ptr + row), tl.load(grad_lse_ptr + row), weights, V, smoothing, LOSS
+        )
+        weight_ptr = weights.pointer + head
         for start in tl.range(0, whole, BLOCK):
             x = tl.load(logits_ptr + start + lane).to(tl.float32)  # (BLOCK,)
             gradient = logit_gradient(
-                x, start + lane, lane >= 0, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
-                HAS_WEIGHT, SMOOTHING, SOFTCAP,
-            )  # fmt: skip
+                x, start + lane, lane >= 0, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap, LOSS
+            )
             tl.store(out_ptr + start + lane, gradient.to(out_ptr.dtype.element_ty))
         x = tl.load(logits_ptr + whole + lane, mask=valid, other=0.0).to(tl.float32)
         gradient = logit_gradient(
-            x, whole + lane, valid, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
-            HAS_WEIGHT, SMOOTHING, SOFTCAP,
-        )  # fmt: skip
+            x, whole + lane, valid, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap, LOSS
+        )
         tl.store(out_ptr + whole + lane, gradient.to(out_ptr.dtype.element_ty), mask=valid)
         x = tl.load(logits_ptr + columns - head, mask=exists, other=0.0).to(tl.float32)
         gradient = logit_gradient(
-            x, columns - head, exists, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap,
-            HAS_WEIGHT, SMOOTHING, SOFTCAP,
-        )  # fmt: skip
+            x, columns - head, exists, column, lse, slope_p, slope_target, slope_all, weight_ptr, softcap, LOSS
+        )
         tl.store(out_ptr + columns - head, gradient.to(out_ptr.dtype.element_ty), mask=exists)
     else:
         # An ignored row gets zeros, a label that is none gets NaN, whatever the logits hold: they are not looked at.
@@ -274,12 +283,12 @@ def _row_stride(tensor: torch.Tensor) -> int:
     return tensor.stride(0) if tensor.shape[0] > 1 else tensor.shape[1]
 
 
-def class_weights(logits: torch.Tensor, weight: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """fp32 class weights and their sum for the kernels; stand-ins that are never read without weights."""
+def class_weights(logits: torch.Tensor, weight: torch.Tensor | None) -> ClassWeights:
+    """For the kernels, in fp32; without weights stand-ins that are never read."""
     if weight is None:
-        return logits, logits
+        return ClassWeights(logits, logits)
     weight = weight.to(torch.float32).contiguous()
-    return weight, weight.sum()
+    return ClassWeights(weight, weight.sum())
 
 
 def cross_entropy_forward(
@@ -307,15 +316,15 @@ def cross_entropy_forward(
     if N == 0:
         return nll, lse, argmax
     logits, lead = _from_boundary(last_dim_contiguous(logits))
-    weights, weight_sum = class_weights(logits, weight)
+    weights = class_weights(logits, weight)
+    loss = Loss(weight is not None, label_smoothing != 0.0, softcap is not None)
     with on_device(logits):
         arch = target_arch()
         config = configs.cross_entropy(arch, logits.dtype, V)
         _cross_entropy_forward_kernel[(N,)](
-            logits, target.contiguous(), weights, weight_sum, nll, lse, argmax,
+            logits, target.contiguous(), weights, nll, lse, argmax,
             _row_stride(logits), lead, V, ignore_index, label_smoothing, softcap or 0.0,
-            BLOCK=config.block, VECTOR=VECTOR_BYTES // logits.element_size(),
-            HAS_WEIGHT=weight is not None, SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap is not None,
+            BLOCK=config.block, VECTOR=VECTOR_BYTES // logits.element_size(), LOSS=loss,
             num_warps=config.num_warps, **launch_options(arch),
         )  # fmt: skip
     return nll, lse, argmax
@@ -354,17 +363,18 @@ def cross_entropy_backward(
     target_out, out_lead = _from_boundary(out)
     vector = VECTOR_BYTES // logits.element_size()
     strides = _row_stride(logits), _row_stride(out)
-    weights, weight_sum = class_weights(logits, weight)
+    weights = class_weights(logits, weight)
+    loss = Loss(weight is not None, label_smoothing != 0.0, softcap is not None)
     with on_device(logits):
         arch = target_arch()
         config = configs.cross_entropy(arch, logits.dtype, V)
         _cross_entropy_backward_kernel[(N,)](
             grad_nll.to(torch.float32).contiguous(), grad_lse.to(torch.float32).contiguous(), logits,
-            target.contiguous(), lse.contiguous(), weights, weight_sum, target_out,
+            target.contiguous(), lse.contiguous(), weights, target_out,
             strides[0], lead, strides[1], out_lead, V, ignore_index, label_smoothing, softcap or 0.0,
             BLOCK=config.block, VECTOR=vector,
             SAME_BOUNDARIES=(strides[0] - strides[1]) % vector == 0 and (lead - out_lead) % vector == 0,
-            HAS_WEIGHT=weight is not None, SMOOTHING=label_smoothing != 0.0, SOFTCAP=softcap is not None,
+            LOSS=loss,
             num_warps=config.num_warps, **launch_options(arch),
         )  # fmt: skip
     return out

@@ -17,225 +17,33 @@ Flops: 6 C V E for C counted tokens, 8 where hidden's and weight's gradients nee
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 
 from gpt4v_fast.kernels import configs
-from gpt4v_fast.kernels.loss import plans
 from gpt4v_fast.kernels.common import Relaunch, launch_options, on_device, target_arch
-from gpt4v_fast.kernels.loss.cross_entropy import class_weights, gradient_slopes, logit_gradient
-from gpt4v_fast.kernels.loss.linear_cross_entropy import Inputs, grouped, inputs, list_rows, logits_tile, row_stride
-from gpt4v_fast.kernels.loss.linear_cross_entropy_products import gradient_scales
-from gpt4v_fast.kernels.loss.sums import finish_sums
-
-# Launchers give the classes of a chunk in these, so that the compiler knows that rows of G begin on 16 bytes.
-_VECTOR = tl.constexpr(16)
-_BIAS_BLOCK = 128  # classes of a program that adds up the bias gradient
-
-
-@triton.jit(do_not_specialize=["V", "first_slot", "first_class", "tokens", "vectors"])
-def _linear_cross_entropy_gradient_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, rows_ptr, counts_ptr,
-    lse_ptr, grad_nll_ptr, grad_lse_ptr, scale_ptr, gradient_ptr, bias_sums_ptr,
-    stride_hidden, stride_weight, depth, V, first_slot, first_class, tokens, vectors, smoothing, softcap,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr, BIAS_SUMS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, SMOOTHING: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """G of a tile of a chunk, zeros for tokens and classes that there are not, and its sums over the tile's tokens."""
-    classes = vectors * _VECTOR
-    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
-    n_blocks = tl.cdiv(tl.maximum(live, 0), BLOCK_M)
-    program = tl.program_id(0)
-    if program >= n_blocks * (classes // BLOCK_V):
-        return
-    block, tile = grouped(program, n_blocks, classes // BLOCK_V, GROUP)
-    slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tl.load(rows_ptr + first_slot + tl.minimum(slots, live - 1))
-    columns = first_class + tile * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = logits_tile(
-        hidden_ptr, weight_ptr, bias_ptr, rows, columns, stride_hidden, stride_weight, depth, V,
-        BLOCK_E, UNIT, EVEN_E, HAS_BIAS, PRECISION,
-    )  # fmt: skip
-    target = tl.load(target_ptr + rows).to(tl.int32)
-    slope_p, slope_target, slope_all = gradient_slopes(
-        target, tl.load(grad_nll_ptr + rows), tl.load(grad_lse_ptr + rows), class_weight_ptr, weight_sum_ptr, V,
-        smoothing, HAS_WEIGHT, SMOOTHING,
-    )  # fmt: skip
-    gradient = logit_gradient(
-        x, columns[None, :], (columns < V)[None, :], target[:, None], tl.load(lse_ptr + rows)[:, None],
-        slope_p[:, None], slope_target[:, None], slope_all[:, None], class_weight_ptr, softcap,
-        HAS_WEIGHT, SMOOTHING, SOFTCAP,
-    )  # fmt: skip
-    gradient = tl.where((slots < live)[:, None] & (columns < V)[None, :], gradient, 0.0)  # (BLOCK_M, BLOCK_V)
-    if BIAS_SUMS:
-        place = tl.cast(block, tl.int64) * classes + tile * BLOCK_V
-        tl.store(bias_sums_ptr + place + tl.arange(0, BLOCK_V), tl.sum(gradient, 0))
-    if SCALED:
-        gradient *= tl.load(scale_ptr)
-    place = tl.cast(block * BLOCK_M, tl.int64) * classes + tile * BLOCK_V
-    offsets = tl.arange(0, BLOCK_M)[:, None] * classes + tl.arange(0, BLOCK_V)[None, :]
-    tl.store(gradient_ptr + place + offsets, gradient.to(gradient_ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=["V", "first_slot", "first_class", "tokens", "classes"])
-def _linear_cross_entropy_grad_bias_kernel(
-    bias_sums_ptr, counts_ptr, grad_bias_ptr, V, first_slot, first_class, tokens, classes,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """grad_bias += the sums of a chunk's blocks of TOKENS tokens, in their order; NaN where a label is bad."""
-    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
-    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    exists = (columns < classes) & (first_class + columns < V)
-    sums = tl.load(grad_bias_ptr + first_class + columns, mask=exists, other=0.0)
-    for block in tl.range(0, tl.cdiv(tl.maximum(live, 0), TOKENS)):
-        sums += tl.load(bias_sums_ptr + tl.cast(block, tl.int64) * classes + columns, mask=exists, other=0.0)
-    sums = tl.where(tl.load(counts_ptr + 1) > 0, float("nan"), sums)
-    tl.store(grad_bias_ptr + first_class + columns, sums, mask=exists)
-
-
-@triton.jit(
-    do_not_specialize=["N", "V", "first_slot", "first_class", "tokens", "vectors", "near", "is_first", "is_last"]
+from gpt4v_fast.kernels.loss import plans
+from gpt4v_fast.kernels.loss.cross_entropy import ClassWeights, Loss, class_weights
+from gpt4v_fast.kernels.loss.linear_cross_entropy_gradients import (
+    OfRows,
+    _linear_cross_entropy_grad_bias_kernel,
+    _linear_cross_entropy_grad_hidden_kernel,
+    _linear_cross_entropy_grad_weight_kernel,
+    _linear_cross_entropy_gradient_kernel,
 )
-def _linear_cross_entropy_grad_hidden_kernel(
-    gradient_ptr, weight_ptr, target_ptr, rows_ptr, counts_ptr, scale_ptr, out_ptr, upper_ptr, lower_ptr, further_ptr,
-    stride_weight, depth, N, V, first_slot, first_class, tokens, vectors, near, ignore_index, is_first, is_last,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
-    SEVERAL: tl.constexpr, HALVES: tl.constexpr, RAGGED: tl.constexpr,
-):  # fmt: skip
-    """grad_hidden of a block of tokens and of columns: (+)= G weight over a chunk of classes, which is RAGGED if those
-    that there are do not come in whole blocks.
+from gpt4v_fast.kernels.loss.linear_cross_entropy_products import gradient_scales
+from gpt4v_fast.kernels.loss.linear_cross_entropy_tiles import (
+    VECTOR,
+    Inputs,
+    Product,
+    Tokens,
+    inputs,
+    list_rows,
+    product,
+)
+from gpt4v_fast.kernels.loss.sums import Destination, Sums
 
-    Tokens that do not count get what their label says, 0 or NaN, from the last chunk. Lower halves of the first `near`
-    tokens, whole blocks of them or all, are at lower_ptr, those of the others at further_ptr.
-    """
-    E = depth * UNIT
-    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
-    classes = vectors * _VECTOR
-    block, column = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(E, BLOCK_E), GROUP)
-    if (block * BLOCK_M >= live) & (is_last == 0):
-        return
-    slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
-    exists = (slots < tokens) & (first_slot + slots < N)
-    rows = tl.load(rows_ptr + first_slot + slots, mask=exists, other=0)
-    inner = tl.arange(0, BLOCK_V)
-    gradient_tile = gradient_ptr + ((slots.to(tl.int64) * classes)[:, None] + inner[None, :])  # (BLOCK_M, BLOCK_V)
-    first_row = (first_class + inner) * row_stride(stride_weight, UNIT)
-    weight_tile = weight_ptr + (first_row[:, None] + columns[None, :])  # (BLOCK_V, BLOCK_E)
-    stop = tl.where(block * BLOCK_M < live, tl.minimum(classes, V - first_class), 0)
-    sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
-    for start in tl.range(0, stop, BLOCK_V):
-        g = tl.load(gradient_tile)
-        if RAGGED:
-            w = tl.load(weight_tile, mask=(inner < stop - start)[:, None] & (columns < E)[None, :], other=0.0)
-        elif EVEN_E:
-            w = tl.load(weight_tile)
-        else:
-            w = tl.load(weight_tile, mask=(columns < E)[None, :], other=0.0)
-        sums = tl.dot(g, w, sums, input_precision=PRECISION)
-        gradient_tile += BLOCK_V
-        weight_tile += row_stride(stride_weight, UNIT) * BLOCK_V
-    target = tl.load(target_ptr + rows, mask=exists, other=0)
-    elsewise = tl.where(target == ignore_index, 0.0, float("nan"))
-    if SEVERAL and HALVES:
-        is_near = block * BLOCK_M < near
-        lower_ptr = tl.where(is_near, lower_ptr, further_ptr)
-        lower_rows = slots - tl.where(is_near, 0, near)
-    else:
-        lower_rows = slots
-    finish_sums(
-        sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, rows * E, lower_rows.to(tl.int64) * E, column * BLOCK_E, E,
-        exists, slots < live, elsewise, is_first, is_last, SCALED, SEVERAL, HALVES,
-    )  # fmt: skip
-
-
-@triton.jit
-def _accumulate_all_tokens(
-    sums, gradient_tile, hidden_ptr, first_slot, stop, inner, columns, E, classes, stride_hidden,
-    BLOCK_M: tl.constexpr, UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """sums + G^T hidden of whole blocks of tokens, where the list is that of all tokens in their order."""
-    stride = row_stride(stride_hidden, UNIT)
-    hidden_tile = hidden_ptr + (((first_slot + inner) * stride)[:, None] + columns[None, :])  # (BLOCK_M, BLOCK_E)
-    for _start in tl.range(0, stop, BLOCK_M):
-        g = tl.load(gradient_tile)
-        if EVEN_E:
-            h = tl.load(hidden_tile)
-        else:
-            h = tl.load(hidden_tile, mask=(columns < E)[None, :], other=0.0)
-        sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
-        gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
-        hidden_tile += BLOCK_M * stride
-    return sums
-
-
-@triton.jit
-def _accumulate_tokens(
-    sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, start, live, inner, columns, E, classes, stride_hidden,
-    BLOCK_M: tl.constexpr, UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """sums + G^T hidden of the tokens from start on. Those behind the last one have zeros in G; they repeat it.
-
-    Which rows are next is looked up a step ahead, and still takes longer than the products of a step.
-    """
-    gradient_tile += start * tl.cast(classes, tl.int64)
-    rows = tl.load(rows_ptr + first_slot + tl.maximum(tl.minimum(start + inner, live - 1), 0))
-    for first in tl.range(start, live, BLOCK_M):
-        g = tl.load(gradient_tile)
-        of_tokens = (rows * row_stride(stride_hidden, UNIT))[:, None] + columns[None, :]
-        if EVEN_E:
-            h = tl.load(hidden_ptr + of_tokens)  # (BLOCK_M, BLOCK_E)
-        else:
-            h = tl.load(hidden_ptr + of_tokens, mask=(columns < E)[None, :], other=0.0)
-        rows = tl.load(rows_ptr + first_slot + tl.maximum(tl.minimum(first + BLOCK_M + inner, live - 1), 0))
-        sums = tl.dot(tl.trans(g), h, sums, input_precision=PRECISION)
-        gradient_tile += BLOCK_M * tl.cast(classes, tl.int64)
-    return sums
-
-
-@triton.jit(do_not_specialize=["N", "V", "first_slot", "first_class", "tokens", "vectors", "is_first", "is_last"])
-def _linear_cross_entropy_grad_weight_kernel(
-    gradient_ptr, hidden_ptr, rows_ptr, counts_ptr, scale_ptr, out_ptr, upper_ptr, lower_ptr,
-    stride_hidden, depth, N, V, first_slot, first_class, tokens, vectors, is_first, is_last,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr, SCALED: tl.constexpr,
-    SEVERAL: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """grad_weight of a block of classes and of columns: (+)= G^T hidden over the counted tokens of a chunk.
-
-    A bad label makes all of it NaN: its token's gradient is, and every class's sum has it.
-    """
-    E = depth * UNIT
-    live = tl.minimum(tl.load(counts_ptr).to(tl.int32) - first_slot, tokens)
-    classes = vectors * _VECTOR
-    block, column = grouped(tl.program_id(0), classes // BLOCK_V, tl.cdiv(E, BLOCK_E), GROUP)
-    places = block * BLOCK_V + tl.arange(0, BLOCK_V)
-    columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
-    inner = tl.arange(0, BLOCK_M)
-    gradient_tile = gradient_ptr + (inner[:, None] * classes + places[None, :])  # (BLOCK_M, BLOCK_V)
-    sums = tl.zeros((BLOCK_V, BLOCK_E), tl.float32)
-    # Where every token counts nothing need be looked up for whole blocks of tokens. (One loop behind the other, most
-    # often without a step: in two branches each would have shared memory of its own.)
-    whole = tl.where(tl.load(counts_ptr) == N, tl.maximum(live, 0) // BLOCK_M * BLOCK_M, 0)
-    sums = _accumulate_all_tokens(
-        sums, gradient_tile, hidden_ptr, first_slot, whole, inner, columns, E, classes, stride_hidden,
-        BLOCK_M, UNIT, EVEN_E, PRECISION,
-    )  # fmt: skip
-    sums = _accumulate_tokens(
-        sums, gradient_tile, hidden_ptr, rows_ptr, first_slot, whole, live, inner, columns, E, classes, stride_hidden,
-        BLOCK_M, UNIT, EVEN_E, PRECISION,
-    )  # fmt: skip
-    good = tl.where(tl.load(counts_ptr + 1) > 0, False, places >= 0)
-    finish_sums(
-        sums, out_ptr, upper_ptr, lower_ptr, scale_ptr, (first_class + places).to(tl.int64) * E,
-        places.to(tl.int64) * E, column * BLOCK_E, E, first_class + places < V, good,
-        tl.full((BLOCK_V,), float("nan"), tl.float32), is_first, is_last, SCALED, SEVERAL, HALVES,
-    )  # fmt: skip
+_BIAS_BLOCK = 128  # classes of a program that adds up the bias gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,20 +51,28 @@ class Call:
     """What all launches of one backward pass share."""
 
     tensors: Inputs
-    bias: torch.Tensor
-    target: torch.Tensor
-    class_weight: torch.Tensor
-    weight_sum: torch.Tensor
-    rows: torch.Tensor
-    counts: torch.Tensor
-    rows_of: tuple[torch.Tensor, ...]  # lse, grad_nll and grad_lse
-    scales: torch.Tensor  # of G in fp16, and its inverse
+    bias: torch.Tensor | None
+    listed: Tokens
+    class_weights: ClassWeights
+    of_rows: OfRows
+    scales: torch.Tensor | None  # of G in fp16, and its inverse
+    loss: Loss
     numbers: tuple[float, float]  # label_smoothing, softcap
     ignore_index: int
+    arch: str
     config: configs.LinearCrossEntropyConfig
-    flags: dict[str, Any]  # of the kernel that makes G
-    options: dict[str, Any]  # of every launch
     relaunch: Relaunch = dataclasses.field(default_factory=Relaunch)
+
+    def product(self, tile: configs.ProductTile) -> Product:
+        return product(tile, self.tensors, self.arch)
+
+    def destination(self, out: torch.Tensor, lower: torch.Tensor) -> Destination:
+        halves = out.element_size() == 2
+        scales = out if self.scales is None else self.scales
+        return Destination(out, out.view(torch.int16) if halves else out, lower, scales)
+
+    def sums(self, out: torch.Tensor, ends: tuple[bool, bool]) -> Sums:
+        return Sums(self.scales is not None, ends != (True, True), out.element_size() == 2)
 
 
 def linear_cross_entropy_backward(
@@ -291,12 +107,10 @@ def linear_cross_entropy_backward(
         return grad_hidden, None if grad_weight is None else grad_weight.zero_(), grad_bias
     with on_device(hidden):
         listed = list_rows(target.contiguous(), V, ignore_index, target_arch())
-        options: dict[str, Any] = {
-            "class_weight": class_weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-        }
-        call = the_call(slopes, hidden, weight, bias, target, lse, listed, softcap=softcap, **options)
+        call = the_call(
+            slopes, hidden, weight, bias, lse, listed, class_weight=class_weight, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, softcap=softcap,
+        )  # fmt: skip
         sizes = (N, V, E, hidden.element_size())
         for sweep in plans.sweeps(*sizes, of_hidden, of_weight, of_bias, call.config):
             run_sweep(
@@ -312,34 +126,24 @@ def the_call(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
-    target: torch.Tensor,
     lse: torch.Tensor,
-    listed: tuple[torch.Tensor, torch.Tensor],
+    listed: Tokens,
     *,
     class_weight: torch.Tensor | None,
     ignore_index: int,
     label_smoothing: float,
-    softcap: float | None,
+    softcap: float | None = None,
 ) -> Call:
     """`slopes`: grad_nll and grad_lse; `listed`: what list_rows gave."""
-    arch, target = target_arch(), target.contiguous()
-    weights, weight_sum = class_weights(hidden, class_weight)
+    arch = target_arch()
     rich = label_smoothing != 0.0 or any(x is not None for x in (bias, class_weight, softcap))
     config = configs.linear_cross_entropy(arch, hidden.dtype, hidden.shape[1], rich)
-    tensors = inputs(hidden, weight)
-    scales = gradient_scales(*slopes, hidden, target, class_weight, ignore_index)
+    scales = gradient_scales(*slopes, hidden, listed.target, class_weight, ignore_index)
     return Call(
-        tensors, hidden if bias is None else bias.to(torch.float32).contiguous(), target, weights, weight_sum, *listed,
-        tuple(x.to(torch.float32).contiguous() for x in (lse, *slopes)),
-        hidden if scales is None else scales, (label_smoothing, softcap or 0.0), ignore_index, config,
-        {
-            "HAS_BIAS": bias is not None, "HAS_WEIGHT": class_weight is not None,
-            "SMOOTHING": label_smoothing != 0.0, "SOFTCAP": softcap is not None,
-        },
-        {
-            "SCALED": scales is not None, "UNIT": tensors.unit,
-            "PRECISION": configs.dot_precision(arch, hidden.dtype), **launch_options(arch),
-        },
+        inputs(hidden, weight), None if bias is None else bias.to(torch.float32).contiguous(), listed,
+        class_weights(hidden, class_weight), OfRows(*(x.to(torch.float32).contiguous() for x in (lse, *slopes))),
+        scales, Loss(class_weight is not None, label_smoothing != 0.0, softcap is not None),
+        (label_smoothing, softcap or 0.0), ignore_index, arch, config,
     )  # fmt: skip
 
 
@@ -351,7 +155,7 @@ def run_sweep(
     grad_bias: torch.Tensor | None,
 ) -> None:
     """Adds the chunks of one sweep up in the gradients that are given."""
-    hidden, weight = call.tensors.hidden, call.tensors.weight
+    hidden, weight = call.tensors.hidden.pointer, call.tensors.weight.pointer
     E, V, config = hidden.shape[1], weight.shape[0], call.config
     last = sweep.first + sweep.sizes[0]
     gradient = hidden.new_empty(sweep.tokens * sweep.classes)
@@ -378,22 +182,21 @@ def launch_gradient(
     call: Call, chunk: _Chunk, gradient: torch.Tensor, bias_sums: torch.Tensor, grad_bias: torch.Tensor | None
 ) -> None:
     tile, tensors = call.config.gradient, call.tensors
-    V, (first_slot, first_class, tokens, classes) = tensors.weight.shape[0], chunk
+    hidden, weight = tensors.hidden, tensors.weight
+    V, (first_slot, first_class, tokens, classes) = weight.pointer.shape[0], chunk
     call.relaunch(
         _linear_cross_entropy_gradient_kernel, -(-tokens // tile.block_m) * (classes // tile.block_v),
-        tensors.hidden, tensors.weight, call.bias, call.target, call.class_weight, call.weight_sum, call.rows,
-        call.counts, *call.rows_of, call.scales, gradient, bias_sums,
-        tensors.stride_hidden, tensors.stride_weight, tensors.depth,
-        V, first_slot, first_class, tokens, classes // _VECTOR.value, *call.numbers,
-        **tile.blocks, EVEN_E=tensors.hidden.shape[1] % tile.block_e == 0, BIAS_SUMS=grad_bias is not None,
-        **call.flags, **tile.launch_options, **call.options,
+        hidden, weight, hidden.pointer if call.bias is None else call.bias, call.listed, call.class_weights,
+        call.of_rows, hidden.pointer if call.scales is None else call.scales, gradient, bias_sums,
+        tensors.depth, V, first_slot, first_class, tokens, classes // VECTOR.value, *call.numbers,
+        HAS_BIAS=call.bias is not None, BIAS_SUMS=grad_bias is not None, SCALED=call.scales is not None,
+        PRODUCT=call.product(tile), LOSS=call.loss, **tile.launch_options, **launch_options(call.arch),
     )  # fmt: skip
     if grad_bias is not None:
-        options = {name: value for name, value in call.options.items() if not name.isupper()}
         call.relaunch(
             _linear_cross_entropy_grad_bias_kernel, -(-classes // _BIAS_BLOCK),
-            bias_sums, call.counts, grad_bias, V, first_slot, first_class, tokens, classes,
-            TOKENS=tile.block_m, BLOCK=_BIAS_BLOCK, num_warps=4, **options,
+            bias_sums, call.listed.counts, grad_bias, V, first_slot, first_class, tokens, classes,
+            TOKENS=tile.block_m, BLOCK=_BIAS_BLOCK, num_warps=4, **launch_options(call.arch),
         )  # fmt: skip
 
 
@@ -407,16 +210,14 @@ def launch_grad_hidden(
 ) -> None:
     """`lower`: where lower halves of sums are, for the first tokens and for the others, and how many come first."""
     tensors = call.tensors
-    (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
+    (N, E), V = tensors.hidden.pointer.shape, tensors.weight.pointer.shape[0]
     tile = call.config.of_hidden(chunk[2], E)
-    halves = out.element_size() == 2
     call.relaunch(
         _linear_cross_entropy_grad_hidden_kernel, -(-chunk[2] // tile.block_m) * -(-E // tile.block_e),
-        gradient, tensors.weight, call.target, call.rows, call.counts, call.scales, out,
-        out.view(torch.int16) if halves else out, *lower[:2], tensors.stride_weight, tensors.depth,
-        N, V, *chunk[:3], chunk[3] // _VECTOR.value, lower[2], call.ignore_index, *map(int, ends),
-        **tile.blocks, EVEN_E=E % tile.block_e == 0, SEVERAL=ends != (True, True), HALVES=halves,
-        RAGGED=min(chunk[3], V - chunk[1]) % tile.block_v != 0, **tile.launch_options, **call.options,
+        gradient, tensors.weight, call.listed, call.destination(out, lower[0]), lower[1],
+        tensors.depth, N, V, *chunk[:3], chunk[3] // VECTOR.value, lower[2], call.ignore_index, *map(int, ends),
+        RAGGED=min(chunk[3], V - chunk[1]) % tile.block_v != 0, PRODUCT=call.product(tile), SUMS=call.sums(out, ends),
+        **tile.launch_options, **launch_options(call.arch),
     )  # fmt: skip
 
 
@@ -424,13 +225,10 @@ def launch_grad_weight(
     call: Call, chunk: _Chunk, ends: tuple[bool, bool], gradient: torch.Tensor, out: torch.Tensor, lower: torch.Tensor
 ) -> None:
     tile, tensors = call.config.grad_weight, call.tensors
-    V, E = tensors.weight.shape
-    halves = out.element_size() == 2
+    V, E = tensors.weight.pointer.shape
     call.relaunch(
         _linear_cross_entropy_grad_weight_kernel, chunk[3] // tile.block_v * -(-E // tile.block_e),
-        gradient, tensors.hidden, call.rows, call.counts, call.scales, out,
-        out.view(torch.int16) if halves else out, lower, tensors.stride_hidden, tensors.depth,
-        tensors.hidden.shape[0], V, *chunk[:3], chunk[3] // _VECTOR.value, *map(int, ends),
-        **tile.blocks, EVEN_E=E % tile.block_e == 0, SEVERAL=ends != (True, True), HALVES=halves,
-        **tile.launch_options, **call.options,
+        gradient, tensors.hidden, call.listed, call.destination(out, lower),
+        tensors.depth, tensors.hidden.pointer.shape[0], V, *chunk[:3], chunk[3] // VECTOR.value, *map(int, ends),
+        PRODUCT=call.product(tile), SUMS=call.sums(out, ends), **tile.launch_options, **launch_options(call.arch),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """Gradients of linear cross-entropy from logits that forward has kept where the gradient of weight will stand.
 
-Forward (kernels/loss/linear_cross_entropy.py) leaves the logits of the first tokens that count, as many as grad_weight has
-features, in grad_weight's own memory, 16 bits each (plans.Kept). Here they become G in place, and grad_hidden of
+Forward (linear_cross_entropy.py) leaves the logits of the first tokens that count, as many as grad_weight has features,
+in grad_weight's own memory, 16 bits each (plans.Kept). Here they become G in place, and grad_hidden of
 those tokens is one product over all classes. Then, a chunk of classes after the other, G is copied aside, G of the
 tokens that were not kept is computed beside it as in linear_cross_entropy_backward.py, and grad_weight is written over
 its logits.
@@ -23,10 +23,17 @@ import torch
 import triton
 import triton.language as tl
 
+from gpt4v_fast.kernels.common import LOG2E, launch_options, on_device
+from gpt4v_fast.kernels.loss import linear_cross_entropy_backward as fused
 from gpt4v_fast.kernels.loss import plans
-from gpt4v_fast.kernels.common import LOG2E, on_device
-from gpt4v_fast.kernels.loss.cross_entropy import gradient_slopes
-from gpt4v_fast.kernels.loss.linear_cross_entropy import KeptLogits, grouped, kept_layout, kept_places, row_stride
+from gpt4v_fast.kernels.loss.cross_entropy import gradient_slopes, z_gradient
+from gpt4v_fast.kernels.loss.linear_cross_entropy import (
+    KeptLogits,
+    KeptPointers,
+    kept_layout,
+    kept_places,
+    linear_cross_entropy_forward_keeping,
+)
 from gpt4v_fast.kernels.loss.linear_cross_entropy_backward import (
     Call,
     launch_grad_hidden,
@@ -35,23 +42,21 @@ from gpt4v_fast.kernels.loss.linear_cross_entropy_backward import (
     run_sweep,
     the_call,
 )
-from gpt4v_fast.kernels.loss.sums import finish_sums
+from gpt4v_fast.kernels.loss.linear_cross_entropy_tiles import VECTOR, grouped, row_stride
+from gpt4v_fast.kernels.loss.sums import Sums, finish_sums
 
 _LOG2E = tl.constexpr(LOG2E)
-_VECTOR = tl.constexpr(16)
 _OCTAVE = tl.constexpr(1.0 / 512.0)  # of a step
 _ROWS = 32  # tokens of a program that has no product
 
 
 @triton.jit(do_not_specialize=["V", "E", "tokens", "vectors", "whole", "stop"])
 def _linear_cross_entropy_kept_gradient_kernel(
-    kept_ptr, gradient_ptr, origins_ptr, label_ptr, target_ptr, class_weight_ptr, weight_sum_ptr, rows_ptr, counts_ptr,
-    lse_ptr, grad_nll_ptr, grad_lse_ptr, V, E, tokens, vectors, whole, stop, smoothing,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROUND: tl.constexpr, HAS_WEIGHT: tl.constexpr,
-    SMOOTHING: tl.constexpr,
+    kept, gradient_ptr, label_ptr, listed, weights, of_rows, V, E, tokens, vectors, whole, stop, smoothing,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROUND: tl.constexpr, LOSS: tl.constexpr,
 ):  # fmt: skip
     """Kept logits become G, each in its own place; zeros for tokens that there are not, where products read them."""
-    count = tl.load(counts_ptr).to(tl.int32)
+    count = tl.load(listed.counts).to(tl.int32)
     tiles = tl.cdiv(stop, BLOCK_V)
     block = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -59,30 +64,26 @@ def _linear_cross_entropy_kept_gradient_kernel(
         return
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = slots < count
-    rows = tl.load(rows_ptr + tl.minimum(slots, count - 1))
-    target = tl.load(target_ptr + rows).to(tl.int32)
+    rows = tl.load(listed.rows + tl.minimum(slots, count - 1))
+    target = tl.load(listed.target + rows).to(tl.int32)
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     base, places, in_row = kept_places(slots, tile * BLOCK_V, stop, E, vectors, whole, BLOCK_V)
-    steps = tl.load(kept_ptr + base + places, mask=in_row[None, :], other=0).to(tl.int32) & 0xFFFF
-    lse = tl.load(lse_ptr + rows)
-    origin = tl.load(origins_ptr + tl.cast(tile, tl.int64) * tokens + slots, mask=live, other=0.0)
+    steps = tl.load(kept.logits + base + places, mask=in_row[None, :], other=0).to(tl.int32) & 0xFFFF
+    lse = tl.load(of_rows.lse + rows)
+    origin = tl.load(kept.origins + tl.cast(tile, tl.int64) * tokens + slots, mask=live, other=0.0)
     p = tl.exp2(((origin - lse) * _LOG2E)[:, None] - steps.to(tl.float32) * _OCTAVE)  # (BLOCK_M, BLOCK_V)
     p = tl.where(steps == 65535, 0.0, p)  # as far down as steps go, and further
     is_label = columns[None, :] == target[:, None]
     of_label = tl.exp2((tl.load(label_ptr + slots, mask=live, other=0.0) - lse) * _LOG2E)
     p = tl.where(is_label, of_label[:, None], p)
     slope_p, slope_target, slope_all = gradient_slopes(
-        target, tl.load(grad_nll_ptr + rows), tl.load(grad_lse_ptr + rows), class_weight_ptr, weight_sum_ptr, V,
-        smoothing, HAS_WEIGHT, SMOOTHING,
-    )  # fmt: skip
-    gradient = slope_p[:, None] * p
+        target, tl.load(of_rows.grad_nll + rows), tl.load(of_rows.grad_lse + rows), weights, V, smoothing, LOSS
+    )
     exists = (columns < V)[None, :]
-    if SMOOTHING:
-        if HAS_WEIGHT:
-            gradient -= slope_all[:, None] * tl.load(class_weight_ptr + columns[None, :], mask=exists, other=0.0)
-        else:
-            gradient -= slope_all[:, None]
-    gradient = tl.where(is_label, gradient - slope_target[:, None], gradient)
+    gradient = z_gradient(
+        p, columns[None, :], exists, target[:, None], slope_p[:, None], slope_target[:, None], slope_all[:, None],
+        weights.pointer, LOSS,
+    )  # fmt: skip
     gradient = tl.where(live[:, None] & exists, gradient, 0.0)
     tl.store(gradient_ptr + base + places, gradient.to(gradient_ptr.dtype.element_ty), mask=in_row[None, :])
 
@@ -93,7 +94,7 @@ def _linear_cross_entropy_kept_copy_kernel(
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """G of a chunk of classes to rows of `row_vectors` vectors, zeros behind the last class."""
-    classes = row_vectors * _VECTOR
+    classes = row_vectors * VECTOR
     tiles = tl.cdiv(classes, BLOCK_V)
     block = tl.program_id(0) // tiles
     tile = tl.program_id(0) % tiles
@@ -104,28 +105,30 @@ def _linear_cross_entropy_kept_copy_kernel(
     base, places, in_row = kept_places(slots, first_class + tile * BLOCK_V, stop, E, vectors, whole, BLOCK_V)
     g = tl.load(gradient_ptr + base + places, mask=in_row[None, :], other=0.0)
     to = to_ptr + (tl.cast(slots, tl.int64)[:, None] * classes + inside[None, :])
-    tl.store(to, g, mask=(inside // _VECTOR < row_vectors)[None, :])
+    tl.store(to, g, mask=(inside // VECTOR < row_vectors)[None, :])
 
 
 @triton.jit(do_not_specialize=["N", "V", "tokens", "vectors", "whole", "rest_vectors"])
 def _linear_cross_entropy_kept_grad_hidden_kernel(
-    gradient_ptr, rest_ptr, weight_ptr, target_ptr, rows_ptr, counts_ptr, out_ptr,
-    stride_weight, depth, N, V, tokens, vectors, whole, rest_vectors, ignore_index,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr, GROUP: tl.constexpr,
-    UNIT: tl.constexpr, EVEN_E: tl.constexpr, PRECISION: tl.constexpr,
+    gradient_ptr, rest_ptr, weight, listed, out, depth, N, V, tokens, vectors, whole, rest_vectors, ignore_index,
+    PRODUCT: tl.constexpr, SUMS: tl.constexpr,
 ):  # fmt: skip
     """grad_hidden of a block of kept tokens and of columns: G weight over all classes, those behind the whole chunks
     from rest_ptr."""
-    E = depth * UNIT
-    classes = vectors * _VECTOR
-    live = tl.minimum(tl.load(counts_ptr).to(tl.int32), tokens)
-    block, column = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(E, BLOCK_E), GROUP)
+    BLOCK_M: tl.constexpr = PRODUCT.BLOCK_M
+    BLOCK_V: tl.constexpr = PRODUCT.BLOCK_V
+    BLOCK_E: tl.constexpr = PRODUCT.BLOCK_E
+    PRECISION: tl.constexpr = PRODUCT.PRECISION
+    E = depth * PRODUCT.UNIT
+    classes = vectors * VECTOR
+    live = tl.minimum(tl.load(listed.counts).to(tl.int32), tokens)
+    block, column = grouped(tl.program_id(0), tl.cdiv(tokens, BLOCK_M), tl.cdiv(E, BLOCK_E), PRODUCT.GROUP)
     slots = block * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = column * BLOCK_E + tl.arange(0, BLOCK_E)
     inner = tl.arange(0, BLOCK_V)
     in_columns = (columns < E)[None, :]
-    stride = row_stride(stride_weight, UNIT)
-    weight_tile = weight_ptr + ((inner * stride)[:, None] + columns[None, :])  # (BLOCK_V, BLOCK_E)
+    stride = row_stride(weight.stride, PRODUCT.UNIT)
+    weight_tile = weight.pointer + ((inner * stride)[:, None] + columns[None, :])  # (BLOCK_V, BLOCK_E)
     gradient_tile = gradient_ptr + (slots[:, None] * classes + inner[None, :])  # (BLOCK_M, BLOCK_V)
     to_next_chunk = tl.cast(classes, tl.int64) * (E - 1)  # beside the classes of a row
     in_whole = tl.where(block * BLOCK_M < live, whole * classes, 0)
@@ -133,7 +136,7 @@ def _linear_cross_entropy_kept_grad_hidden_kernel(
     sums = tl.zeros((BLOCK_M, BLOCK_E), tl.float32)
     for _start in tl.range(0, in_whole, BLOCK_V):
         g = tl.load(gradient_tile)
-        if EVEN_E:
+        if PRODUCT.EVEN_E:
             w = tl.load(weight_tile)
         else:
             w = tl.load(weight_tile, mask=in_columns, other=0.0)
@@ -145,22 +148,55 @@ def _linear_cross_entropy_kept_grad_hidden_kernel(
         inside = tl.where(at_end, 0, inside)
     rest = tl.where(block * BLOCK_M < live, V - whole * classes, 0)
     last = tl.cast(whole, tl.int64) * classes
-    gradient_tile = rest_ptr + (slots[:, None] * (rest_vectors * _VECTOR) + inner[None, :])
-    weight_tile = weight_ptr + (((last + inner) * stride)[:, None] + columns[None, :])
+    gradient_tile = rest_ptr + (slots[:, None] * (rest_vectors * VECTOR) + inner[None, :])
+    weight_tile = weight.pointer + (((last + inner) * stride)[:, None] + columns[None, :])
     for start in tl.range(0, rest, BLOCK_V):
-        g = tl.load(gradient_tile, mask=(inner // _VECTOR < rest_vectors - start // _VECTOR)[None, :], other=0.0)
+        g = tl.load(gradient_tile, mask=(inner // VECTOR < rest_vectors - start // VECTOR)[None, :], other=0.0)
         w = tl.load(weight_tile, mask=(inner < rest - start)[:, None] & in_columns, other=0.0)
         sums = tl.dot(g, w, sums, input_precision=PRECISION)
         gradient_tile += BLOCK_V
         weight_tile += stride * BLOCK_V
     exists = slots < tl.minimum(tokens, N)
-    rows = tl.load(rows_ptr + slots, mask=exists, other=0)
-    target = tl.load(target_ptr + rows, mask=exists, other=0)
+    rows = tl.load(listed.rows + slots, mask=exists, other=0)
+    target = tl.load(listed.target + rows, mask=exists, other=0)
     elsewise = tl.where(target == ignore_index, 0.0, float("nan"))
     finish_sums(
-        sums, out_ptr, out_ptr, out_ptr, out_ptr, rows * E, rows, column * BLOCK_E, E, exists, slots < live, elsewise,
-        1, 1, False, False, False,
+        sums, out, out.lower, rows * E, rows, column * BLOCK_E, E, exists, slots < live, elsewise, 1, 1, SUMS,
     )  # fmt: skip
+
+
+def linear_cross_entropy_forward(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, target: torch.Tensor, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, KeptLogits | None]:
+    """(nll, lse, argmax, kept): the arguments of the other ways; kept is None where nothing can be kept."""
+    return linear_cross_entropy_forward_keeping(hidden, weight, bias, target, **options)
+
+
+def linear_cross_entropy_backward(
+    grad_nll: torch.Tensor,
+    grad_lse: torch.Tensor,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    kept: KeptLogits | None,
+    of_hidden: bool,
+    of_weight: bool,
+    of_bias: bool,
+    softcap: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of hidden, weight and bias. `kept` is used up if weight's is asked for; where it is not, or nothing
+    was kept, logits are computed again."""
+    tensors = (grad_nll, grad_lse, hidden, weight)
+    if kept is None or not of_weight:
+        return fused.linear_cross_entropy_backward(
+            *tensors, bias, target, lse, of_hidden=of_hidden, of_weight=of_weight, of_bias=of_bias, softcap=softcap,
+            **options,
+        )  # fmt: skip
+    return *linear_cross_entropy_backward_of_kept(*tensors, target, lse, kept, of_hidden=of_hidden, **options), None
 
 
 def linear_cross_entropy_backward_of_kept(
@@ -173,9 +209,7 @@ def linear_cross_entropy_backward_of_kept(
     kept: KeptLogits,
     *,
     of_hidden: bool,
-    class_weight: torch.Tensor | None,
-    ignore_index: int,
-    label_smoothing: float,
+    **options: Any,
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """The gradients of hidden and weight, as `linear_cross_entropy_backward` gives them, from what
     `linear_cross_entropy_forward_keeping` left, which is used up: weight's takes its memory."""
@@ -183,13 +217,7 @@ def linear_cross_entropy_backward_of_kept(
     grad_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if of_hidden else None
     grad_weight = kept.memory[: V * E].view(V, E)
     with on_device(hidden):
-        options: dict[str, Any] = {
-            "class_weight": class_weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-        }
-        listed = (kept.rows, kept.counts)
-        call = the_call((grad_nll, grad_lse), hidden, weight, None, target, lse, listed, softcap=None, **options)
+        call = the_call((grad_nll, grad_lse), hidden, weight, None, lse, kept.listed, **options)
         _turn_into_gradient(call, kept)
         kept.origins = None  # of no more use: their memory is the chunks'
         block = _round(call)
@@ -211,7 +239,7 @@ def _chunks(
 ) -> None:
     """grad_weight, a chunk of classes at a time, and grad_hidden of the tokens that were not kept; `gradient` is room
     for so many rows of a chunk."""
-    hidden, plan = call.tensors.hidden, kept.plan
+    hidden, plan = call.tensors.hidden.pointer, kept.plan
     (N, E), V = hidden.shape, grad_weight.shape[0]
     others = max(0, N - plan.tokens)
     if others and grad_hidden is not None and others * E * 2 > plans.SUMS_BYTES:
@@ -241,45 +269,43 @@ def _chunks(
 
 
 def _turn_into_gradient(call: Call, kept: KeptLogits) -> None:
-    plan, weight = kept.plan, call.tensors.weight
-    (V, E), options = weight.shape, _without_product(call)
+    plan, (V, E) = kept.plan, call.tensors.weight.pointer.shape
     assert kept.origins is not None, "kept logits can be used once"
     _linear_cross_entropy_kept_gradient_kernel[(plan.tokens // _rows(call) * -(-plan.stop // plan.tile),)](
-        kept.memory.view(torch.int16), kept.memory, kept.origins, kept.label, call.target, call.class_weight,
-        call.weight_sum, call.rows, call.counts, *call.rows_of, V, E, *kept_layout(plan), call.numbers[0],
-        BLOCK_M=_rows(call), BLOCK_V=plan.tile, ROUND=_round(call), num_warps=8,
-        HAS_WEIGHT=call.flags["HAS_WEIGHT"], SMOOTHING=call.flags["SMOOTHING"], **options,
+        KeptPointers(kept.memory.view(torch.int16), kept.origins), kept.memory, kept.label, call.listed,
+        call.class_weights, call.of_rows, V, E, *kept_layout(plan), call.numbers[0],
+        BLOCK_M=_rows(call), BLOCK_V=plan.tile, ROUND=_round(call), LOSS=call.loss, num_warps=8,
+        **launch_options(call.arch),
     )  # fmt: skip
 
 
 def _copy_aside(call: Call, kept: KeptLogits, first_class: int, classes: int, to: torch.Tensor) -> None:
-    plan, weight = kept.plan, call.tensors.weight
+    plan, E = kept.plan, call.tensors.weight.pointer.shape[1]
     call.relaunch(
         _linear_cross_entropy_kept_copy_kernel, plan.tokens // _rows(call) * -(-classes // plan.tile),
-        kept.memory, to, call.counts, weight.shape[1], *kept_layout(plan)[1:], first_class, classes // _VECTOR.value,
-        BLOCK_M=_rows(call), BLOCK_V=plan.tile, ROUND=_round(call), num_warps=8, **_without_product(call),
+        kept.memory, to, call.listed.counts, E, *kept_layout(plan)[1:], first_class, classes // VECTOR.value,
+        BLOCK_M=_rows(call), BLOCK_V=plan.tile, ROUND=_round(call), num_warps=8, **launch_options(call.arch),
     )  # fmt: skip
 
 
 def _grad_hidden_of_kept(call: Call, kept: KeptLogits, gradient: torch.Tensor, out: torch.Tensor) -> None:
     """All of it at once; G of classes whose logits were not kept goes to `gradient` first."""
     tensors, plan = call.tensors, kept.plan
-    (N, E), V = tensors.hidden.shape, tensors.weight.shape[0]
+    (N, E), V = tensors.hidden.pointer.shape, tensors.weight.pointer.shape[0]
     tile = call.config.of_hidden(plan.tokens, E)
     first, rest = plan.whole * plan.classes, kept.memory
-    vectors = -(-(V - first) // _VECTOR.value)
+    vectors = -(-(V - first) // VECTOR.value)
     if plan.stop < V:
         unit = call.config.unit
         classes = -(-(V - first) // unit) * unit
         launch_gradient(call, (0, first, min(N, plan.tokens), classes), gradient, gradient, None)
-        rest, vectors = gradient, classes // _VECTOR.value
+        rest, vectors = gradient, classes // VECTOR.value
     elif first < V:
         rest = kept.memory[first * E :]
-    options = {name: value for name, value in call.options.items() if name != "SCALED"}
     _linear_cross_entropy_kept_grad_hidden_kernel[(-(-plan.tokens // tile.block_m) * -(-E // tile.block_e),)](
-        kept.memory, rest, tensors.weight, call.target, call.rows, call.counts, out,
-        tensors.stride_weight, tensors.depth, N, V, *kept_layout(plan)[:3], vectors, call.ignore_index,
-        **tile.blocks, EVEN_E=E % tile.block_e == 0, **tile.launch_options, **options,
+        kept.memory, rest, tensors.weight, call.listed, call.destination(out, out),
+        tensors.depth, N, V, *kept_layout(plan)[:3], vectors, call.ignore_index,
+        PRODUCT=call.product(tile), SUMS=Sums(False, False, False), **tile.launch_options, **launch_options(call.arch),
     )  # fmt: skip
 
 
@@ -290,8 +316,3 @@ def _rows(call: Call) -> int:
 def _round(call: Call) -> int:
     """Products read the rows of G in blocks of so many."""
     return max(call.config.gradient.block_m, call.config.grad_hidden.block_m)
-
-
-def _without_product(call: Call) -> dict[str, Any]:
-    """Compiler options of a launch that multiplies no matrices."""
-    return {name: value for name, value in call.options.items() if not name.isupper()}

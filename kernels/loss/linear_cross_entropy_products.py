@@ -1,7 +1,7 @@
 """Linear cross-entropy of a small problem on a GPU: three matrix products around the cross-entropy kernels.
 
-For logits that are few enough to be written, all at once: kernels/loss/linear_cross_entropy.py never writes them, at the
-price of more launches. Tokens whose label is ignored take part in the products, whose sizes the host must know: to
+For logits that are few enough to be written, all at once: linear_cross_entropy.py never writes them, at the price of
+more launches. Tokens whose label is ignored take part in the products, whose sizes the host must know: to
 drop them it would have to wait for the device to count them.
 
 8 N V E flops forward and backward, since logits are computed again. At most 2 PRODUCT_BYTES of memory beside the

@@ -185,7 +185,7 @@ class LinearCrossEntropyLaunch:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        modules = ("loss.linear_cross_entropy", "loss.linear_cross_entropy_backward")
+        modules = ("loss.linear_cross_entropy_tiles", "loss.linear_cross_entropy", "loss.linear_cross_entropy_backward")
         return (*modules, "loss.linear_cross_entropy_kept") if self.kept else modules
 
 
@@ -259,6 +259,8 @@ def _relaunched(arch: str) -> tuple[list[Any], list[Any]]:
     told: list[Any] = []
 
     def plain(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(plain, x))
         return (str(x.dtype), x.numel(), x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x
 
     def launcher(src: Any, metadata: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import itertools
 import math
 
@@ -105,6 +107,57 @@ def test_what_is_launched():
     assert names[:6] == start and names[-6:] == ["kept_copy", "gradient", "grad_weight"] * 2
     assert names[6:-6] == ["gradient", "grad_hidden"] * (len(names[6:-6]) // 2)
     assert "kept_gradient" not in launched(few, V, E, FUSED, ("hidden",))
+
+
+def _arguments() -> dict[str, list[set[str]]]:
+    modules = ["linear_cross_entropy", "linear_cross_entropy_kept", "linear_cross_entropy_products"]
+    found = {}
+    for name in ("forward", "backward"):
+        ways = [importlib.import_module(f"gpt4v_fast.kernels.loss.{module}") for module in modules]
+        signatures = [inspect.signature(getattr(way, f"linear_cross_entropy_{name}")) for way in ways]
+        found[name] = [
+            {p.name for p in signature.parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD}
+            for signature in signatures
+        ]
+    return found
+
+
+def test_three_ways_have_one_interface():
+    """Forward and backward of the fused, the kept and the product way take the same tensors under the same names."""
+    for launcher, arguments in call(_arguments).items():
+        assert arguments[0] == arguments[1] == arguments[2], launcher
+
+
+@pytest.mark.parametrize(
+    "with_bias, of_hidden, of_weight", [(False, True, True), (False, True, False), (True, True, True)]
+)
+def test_the_kept_way_runs_by_the_common_interface(with_bias, of_hidden, of_weight):
+    """Its backward is that of kept logits where there are some and weight's gradient is asked for, else the fused one."""
+    case = Case("", 2 * BLOCK, UNIT, BLOCK, BF16)
+    tensors = case.tensors()
+    arguments = (tensors["hidden"], tensors["weight"], torch.ones(UNIT) if with_bias else None, case.target())
+    found, expected = call(_common_and_own, arguments, of_hidden, of_weight)
+    for mine, its in zip(found, expected, strict=True):
+        assert (mine is None) == (its is None)
+        assert mine is None or torch.equal(mine, its)
+
+
+def _common_and_own(arguments, of_hidden, of_weight):
+    hidden, weight, bias, target = arguments
+    rows, forward, backward = torch.ones(len(target)), "linear_cross_entropy_forward", "linear_cross_entropy_backward"
+    options = {"class_weight": None, "ignore_index": -100, "label_smoothing": 0.0}
+    wanted = {"of_hidden": of_hidden, "of_weight": of_weight, "of_bias": True}
+    way = "loss.linear_cross_entropy_kept"
+    _, lse, _, kept = launch(way, forward, *arguments, **options)
+    found = launch(way, backward, rows, rows, *arguments, lse, kept=kept, **wanted, **options)
+    assert (kept is None) == (bias is not None)
+    if kept is not None and of_weight:
+        _, lse, _, kept = launch("loss.linear_cross_entropy", f"{forward}_keeping", *arguments, **options)
+        own = launch(
+            way, f"{backward}_of_kept", rows, rows, hidden, weight, target, lse, kept, of_hidden=of_hidden, **options
+        )
+        return found, (*own, None)
+    return found, launch("loss.linear_cross_entropy", backward, rows, rows, *arguments, lse, **wanted, **options)
 
 
 def _twice(leaves, target, constants):
