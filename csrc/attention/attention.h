@@ -1,13 +1,13 @@
 // Attention on the CPU, forward and backward, for every argument of AttentionArgs. Numbers in the tensors are fp32,
 // bf16 or fp16; everything in between is fp32.
-//     attention_block.h     blocks of queries, and which keys they see
-//     attention_scores.h    softcap, bias, ALiBi, masks, dropout on a tile
-//     tile.h, operands.h    packing and the matrix product, and what the element type means for them
-//     attention_work.h      strips of queries, and the units of work that they form
-//     attention_products.h  queries in those products
-//     attention_softmax.h   the online softmax of a tile
-//     attention_forward.h, attention_backward.h, attention_backward_strip.h, attention_backward_bias.h
-//     attention_decode.h    forward where rows are few, with attention_decode_rows.h
+//     block.h     blocks of queries, and which keys they see
+//     scores.h    softcap, bias, ALiBi, masks, dropout on a tile
+//     product/    packing and the matrix product, and what the element type means for them
+//     work.h      strips of queries, and the tasks that they form
+//     products.h  queries in those products
+//     softmax.h   the online softmax of a tile
+//     forward.h, backward.h, backward_strip.h, backward_bias.h
+//     decode.h    forward where rows are few, with decode_rows.h
 #pragma once
 
 #include "attention/backward.h"
@@ -41,12 +41,12 @@ static int team_of(const AttentionArgs& a, int products, int threads) {
 
 static void attention_forward(const AttentionArgs& a, int threads) {
   threads = team_of(a, 2, threads);
-  with_float(a.q.dtype, [&](auto zero) { attention_forward_any<decltype(zero)>(a, threads); });
+  with_operands(a.q.dtype, [&](auto zero) { attention_forward_any<decltype(zero)>(a, threads); });
 }
 
 static void attention_backward(const AttentionArgs& a, int threads) {
   threads = team_of(a, 5, threads);
-  with_float(a.q.dtype, [&](auto zero) { attention_backward_as<decltype(zero)>(a, threads); });
+  with_operands(a.q.dtype, [&](auto zero) { attention_backward_as<decltype(zero)>(a, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -4,13 +4,13 @@
 //     dV = (M P)^T dout,   dP = dout V^T,   dS = P (M dP - delta),   dbias = dS,
 //     dsink = -sum of exp(sink - lse) delta over the rows of a head,
 //     dQ = scale (dS cap') K,   dK = scale (dS cap')^T Q,   cap' = 1 - tanh^2 with a softcap, else 1
-// A unit of work is a key head of a sequence with all or a share of its strips of queries. It walks groups of up to
+// A task is a key head of a sequence with all or a share of its strips of queries. It walks groups of up to
 // kStrips strips, and for each the key blocks. Per key block and strip it does three products: scores, dP and dQ; then
 // for the key block and all of the group's strips at once dV and dK, whose sums over queries are long then. dQ belongs
-// to the group; dK and dV are summed in fp32 over the unit, T x (D + Dv) floats of scratch, which is not touched where
+// to the group; dK and dV are summed in fp32 over the task, T x (D + Dv) floats of scratch, which is not touched where
 // no query sees a key. Of a tile that a mask cuts each vector of queries takes part with the keys that one of its
-// queries sees, in runs. Where a call has fewer than kUnits key heads, each is shared by several units, whose sums
-// are added in a fixed order; so the result does not depend on the number of threads, and at most max(kUnits, B Hkv)
+// queries sees, in runs. Where a call has fewer than kTasks key heads, each is shared by several tasks, whose sums
+// are added in a fixed order; so the result does not depend on the number of threads, and at most max(kTasks, B Hkv)
 // threads find work.
 #pragma once
 
@@ -21,7 +21,7 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-constexpr int64_t kUnits = 8;
+constexpr int64_t kTasks = 8;
 // Of keys and values, before what the next group needs.
 constexpr int64_t kUrgentAsks = 16;
 
@@ -31,13 +31,13 @@ struct Group {
   QueryBlock blocks[kStrips];
 };
 
-// The sums of dK and dV over a unit in fp32, in slots of kKeys keys, (kKeys, padded_D) and (kKeys, padded_Dv). A block
+// The sums of dK and dV over a task in fp32, in slots of kKeys keys, (kKeys, padded_D) and (kKeys, padded_Dv). A block
 // of keys takes the next slot when it is first used, so that no memory is touched for those that no query sees (fresh
 // pages cost more than the products of a sparse mask); each run of kKeyRun keys counts only once `has` says so.
 struct KeySums {
   float* memory;
   int64_t dk_size, dv_size;  // of a slot
-  int64_t* taken;            // slots of `memory`; units may share it
+  int64_t* taken;            // slots of `memory`; tasks may share it
   int64_t* slots;            // of each block of keys; -1: none
   uint8_t* has;
 
@@ -56,16 +56,16 @@ struct KeySums {
   }
 };
 
-// What the next group starts from; its unit too if it is_first there.
+// What the next group starts from; its task too if it is_first there.
 template <class T>
 static void ask_for_group(const AttentionArgs& a, const Group& group, bool is_first, PrefetchWork& work) {
   for (int64_t i = 0; i < group.count; ++i)
-    for (const View* view : {&a.q, &a.dout, &a.out}) work.add(ask_for_queries<const T>(*view, group.blocks[i]));
+    for (const View* view : {&a.q, &a.dout, &a.out}) work.add(memory_of_queries<const T>(*view, group.blocks[i]));
   if (group.count == 0 || !is_first) return;
   const QueryBlock& block = group.blocks[0];
   const int64_t j0 = block.key_begin(), n = clamp(block.key_end() - j0, 0, kKeys);
-  work.add(ask_for(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, a.k.size[3]));
-  work.add(ask_for(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, a.v.size[3]));
+  work.add(memory_of(key_rows<const T>(a.k, block.sequence, block.kv_head, j0), n, a.k.size[3]));
+  work.add(memory_of(key_rows<const T>(a.v, block.sequence, block.kv_head, j0), n, a.v.size[3]));
 }
 
 // dK and dV of a block of keys from the group's tiles: for each run of keys, the columns [low, high) that see them.
@@ -118,10 +118,10 @@ static void backward_group(const AttentionArgs& a, const Group& group, const Gro
     key_begin = min_of(key_begin, block.key_begin()), key_end = max_of(key_end, block.key_end());
     min_document = min_of(min_document, block.min_document), max_document = max_of(max_document, block.max_document);
   }
-  Ask asks[kUrgentAsks + 4 * kStrips + 2];
+  Memory asks[kUrgentAsks + 4 * kStrips + 2];
   PrefetchWork work(asks, kUrgentAsks);
   ask_for_group<T>(a, following, is_last, work);
-  for (int64_t i = 0; i < count; ++i) work.add(ask_for_queries<T>(a.dq, group.blocks[i]));
+  for (int64_t i = 0; i < count; ++i) work.add(memory_of_queries<T>(a.dq, group.blocks[i]));
   key_end = min_of(round_up(key_end, kKeyRun), sequence.T);  // whole runs, of which `has` tells
   for (int64_t j0 = key_begin, rows; j0 < key_end; j0 += rows) {
     rows = key_end - j0 <= kMaxKeys ? key_end - j0 : kKeys;
@@ -148,8 +148,8 @@ static void backward_group(const AttentionArgs& a, const Group& group, const Gro
     int64_t run_low[kMaxKeys / kKeyRun], run_high[kMaxKeys / kKeyRun];  // columns that see a run of keys
     for (int64_t run = 0; run < kMaxKeys / kKeyRun; ++run) run_low[run] = columns, run_high[run] = 0;
     const int64_t next_keys = clamp(key_end - j0 - rows, 0, kKeys);
-    work.add_first(ask_for(key_rows<const T>(a.v, sequence, kv_head, j0 + rows), next_keys, s.Dv));
-    work.add_first(ask_for(key_rows<const T>(a.k, sequence, kv_head, j0 + rows), next_keys, s.D));
+    work.add_first(memory_of(key_rows<const T>(a.v, sequence, kv_head, j0 + rows), next_keys, s.Dv));
+    work.add_first(memory_of(key_rows<const T>(a.k, sequence, kv_head, j0 + rows), next_keys, s.D));
     for (int64_t i = low; i <= high; ++i) {
       GradientStrip& strip = s.strips[i];
       const QueryBlock& block = group.blocks[i];
@@ -213,13 +213,13 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
   const int64_t B = sequence_count(a), Hkv = a.k.size[1];
   if (B == 0) return;
   const QueryWork work(a, 1);
-  const int64_t shares = ceil_div(kUnits, min_of(kUnits, B * Hkv)), units = B * Hkv * shares;
-  const int team = static_cast<int>(min_of(threads, units));
+  const int64_t shares = ceil_div(kTasks, min_of(kTasks, B * Hkv)), tasks = B * Hkv * shares;
+  const int team = static_cast<int>(min_of(threads, tasks));
   const GradientScratch<T> sizes(a, nullptr);
   int64_t longest = 0;
   for (int64_t b = 0; b < B; ++b) longest = max_of(longest, sequence_at(a, b).T);
-  // With one unit a key head its sums are written at once, and the next unit of that thread takes their place.
-  const int64_t places = shares == 1 ? team : units, runs = ceil_div(longest, kKeyRun),
+  // With one task a key head its sums are written at once, and the next task of that thread takes their place.
+  const int64_t places = shares == 1 ? team : tasks, runs = ceil_div(longest, kKeyRun),
                 blocks = ceil_div(longest, kKeys);
   const int64_t dk_size = kKeys * sizes.padded_D, dv_size = kKeys * sizes.padded_Dv,
                 size = blocks * (dk_size + dv_size);
@@ -229,51 +229,51 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
   const Buffer<int64_t> all_slots(places * blocks), all_taken(places);
   for (int64_t i = 0; i < places; ++i) all_taken[i] = 0;
   const Buffer<float> scratch(team * sizes.size);
-  const auto sums_of = [&](int64_t unit) {
-    const int64_t place = shares == 1 ? omp_get_thread_num() : unit, owner = shares == 1 ? place : 0;
+  const auto sums_of = [&](int64_t task) {
+    const int64_t place = shares == 1 ? omp_get_thread_num() : task, owner = shares == 1 ? place : 0;
     return KeySums{all_sums.get() + owner * size, dk_size, dv_size, &all_taken[owner], all_slots.get() + place * blocks,
                    all_has.get() + place * runs};
   };
-  // Fills the group `index` of a unit; returns how many that has, 1 if it has no queries.
-  const auto get_group = [&](int64_t unit, int64_t index, Group& group) {
+  // Fills the group `index` of a task; returns how many that has, 1 if it has no queries.
+  const auto get_group = [&](int64_t task, int64_t index, Group& group) {
     group.count = 0;
-    if (unit >= units) return int64_t{0};
-    const Sequence sequence = sequence_at(a, unit / shares / Hkv);
-    const int64_t strips = work.strips(sequence), share = unit % shares;
+    if (task >= tasks) return int64_t{0};
+    const Sequence sequence = sequence_at(a, task / shares / Hkv);
+    const int64_t strips = work.strips(sequence), share = task % shares;
     const int64_t begin = strips * share / shares, count = strips * (share + 1) / shares - begin;
     const int64_t groups = max_of(ceil_div(count, sizes.group), 1);
     for (int64_t i = count * index / groups; i < count * (index + 1) / groups; ++i)
-      work.get_strip(sequence, unit / shares % Hkv, begin + i, group.blocks[group.count++]);
+      work.get_strip(sequence, task / shares % Hkv, begin + i, group.blocks[group.count++]);
     return groups;
   };
   int64_t claimed = 0;
 #pragma omp parallel num_threads(team)
   {
-    [[maybe_unused]] const Tiles tiles;
+    [[maybe_unused]] const AmxTiles tiles;
     GradientScratch<T> s(a, scratch.get() + omp_get_thread_num() * sizes.size);
     const auto claim = [&] {
-      int64_t unit;
+      int64_t task;
 #pragma omp atomic capture
-      unit = claimed++;
-      return unit;
+      task = claimed++;
+      return task;
     };
     // Units are claimed a group ahead, so that what comes next can be asked for.
     Group groups[2];
-    int64_t unit = claim(), index = 0, count = get_group(unit, 0, groups[0]);
-    for (int current = 0; unit < units; current ^= 1) {
+    int64_t task = claim(), index = 0, count = get_group(task, 0, groups[0]);
+    for (int current = 0; task < tasks; current ^= 1) {
       const bool is_last = index + 1 == count;
-      const int64_t next = is_last ? claim() : unit, next_index = is_last ? 0 : index + 1;
+      const int64_t next = is_last ? claim() : task, next_index = is_last ? 0 : index + 1;
       const int64_t next_count = get_group(next, next_index, groups[current ^ 1]);
-      const Sequence sequence = sequence_at(a, unit / shares / Hkv);
-      const KeySums sums = sums_of(unit);
+      const Sequence sequence = sequence_at(a, task / shares / Hkv);
+      const KeySums sums = sums_of(task);
       if (index == 0) {
         std::memset(sums.has, 0, runs);
         for (int64_t block = 0; block < blocks; ++block) sums.slots[block] = -1;
         if (shares == 1) *sums.taken = 0;
       }
       backward_group<T>(a, groups[current], groups[current ^ 1], is_last, s, deltas, sums);
-      if (is_last && shares == 1) write_keys(a, sequence, unit % Hkv, 0, sequence.T, 1, &sums, s);
-      unit = next, index = next_index, count = next_count;
+      if (is_last && shares == 1) write_keys(a, sequence, task % Hkv, 0, sequence.T, 1, &sums, s);
+      task = next, index = next_index, count = next_count;
     }
 #pragma omp barrier
     if (shares > 1) {
@@ -282,7 +282,7 @@ static void backward_qkv(const AttentionArgs& a, int threads, float* deltas) {
         for (int64_t block = 0; block < blocks; ++block) {
           const Sequence sequence = sequence_at(a, head / Hkv);
           const int64_t begin = block * kKeys, end = min_of(begin + kKeys, sequence.T);
-          KeySums sums[kUnits];
+          KeySums sums[kTasks];
           for (int64_t share = 0; share < shares; ++share) sums[share] = sums_of(head * shares + share);
           write_keys(a, sequence, head % Hkv, begin, end, shares, sums, s);
         }

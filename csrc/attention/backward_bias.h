@@ -1,6 +1,6 @@
 // The gradient of attention's bias, a pass of its own, made only when asked for: every element of it belongs to one
-// unit of work, which recomputes the two products of each pair of blocks that reaches it. Two products more, in fp32,
-// but no S x T scratch for a bias that broadcasts. Notation as in attention_backward.h.
+// task, which recomputes the two products of each pair of blocks that reaches it. Two products more, in fp32,
+// but no S x T scratch for a bias that broadcasts. Notation as in backward.h.
 #pragma once
 
 #include "attention/forward.h"
@@ -93,27 +93,27 @@ static bool bias_tile(const AttentionArgs& a, const QueryBlock& block, int64_t j
 
 // One dimension of dbias: its own index space, and the part of the full one that an index of it owns.
 struct BiasDimension {
-  int64_t full, step;  // step: how many of `full` one unit owns
-  int64_t units() const { return full == 0 ? 0 : ceil_div(full, step); }
-  int64_t begin(int64_t unit) const { return unit * step; }
-  int64_t end(int64_t unit) const { return min_of(full, (unit + 1) * step); }
+  int64_t full, step;  // step: how many of `full` one task owns
+  int64_t tasks() const { return full == 0 ? 0 : ceil_div(full, step); }
+  int64_t begin(int64_t task) const { return task * step; }
+  int64_t end(int64_t task) const { return min_of(full, (task + 1) * step); }
 };
 
-// A unit owns a (batch, head, query block, key block) of dbias, where a dimension that dbias lacks is owned whole.
+// A task owns a (batch, head, query block, key block) of dbias, where a dimension that dbias lacks is owned whole.
 template <class T>
 static void backward_bias(const AttentionArgs& a, int threads) {
   const View& dbias = a.dbias;
   const int64_t steps[4] = {1, 1, kQueries, kKeys};
   BiasDimension dimension[4];
-  int64_t units = 1;
+  int64_t tasks = 1;
   for (int i = 0; i < 4; ++i) {
     const int64_t full = a.bias.size[i];
     dimension[i] = {full, dbias.size[i] == full ? steps[i] : max_of(full, 1)};
-    units *= dimension[i].units();
+    tasks *= dimension[i].tasks();
   }
-  if (units == 0) return;
+  if (tasks == 0) return;
   const bool sums_queries = dbias.size[2] != a.bias.size[2], sums_keys = dbias.size[3] != a.bias.size[3];
-  const int team = static_cast<int>(min_of(threads, units));
+  const int team = static_cast<int>(min_of(threads, tasks));
   const int64_t scratch_size = BiasScratch(a, nullptr).size, group = a.q.size[1] / a.k.size[1];
   const Buffer<float> scratch(team * scratch_size);
 #pragma omp parallel num_threads(team)
@@ -121,9 +121,9 @@ static void backward_bias(const AttentionArgs& a, int threads) {
     const BiasScratch s(a, scratch.get() + omp_get_thread_num() * scratch_size);
     for (int64_t lane = 0; lane < kQueries; ++lane) s.scale[lane] = a.scale;
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < units; ++unit) {
-      int64_t rest = unit, own[4];
-      for (int i = 3; i >= 0; --i) own[i] = rest % dimension[i].units(), rest /= dimension[i].units();
+    for (int64_t task = 0; task < tasks; ++task) {
+      int64_t rest = task, own[4];
+      for (int i = 3; i >= 0; --i) own[i] = rest % dimension[i].tasks(), rest /= dimension[i].tasks();
       int64_t begin[4], end[4];
       for (int i = 0; i < 4; ++i) begin[i] = dimension[i].begin(own[i]), end[i] = dimension[i].end(own[i]);
       for (int i = 0; i < kKeys * kQueries; ++i) s.sum[i] = 0.0f;

@@ -1,64 +1,22 @@
 // Attention backward, one strip of queries at a time: what belongs to a strip and to its tiles, and the three products
-// of a strip and a block of keys. Notation as in attention_backward.h.
+// of a strip and a block of keys. Notation as in backward.h.
 #pragma once
 
 #include "attention/backward_bias.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// Rows of a tensor that will be needed soon.
-struct Ask {
-  const char* at;
-  int64_t bytes, stride, rows;
-};
-
-template <class T>
-static Ask ask_for(Rows<T> from, int64_t rows, int64_t cols) {
-  constexpr int64_t kSize = sizeof(T);
-  return {reinterpret_cast<const char*>(from.data), cols * kSize, from.row_stride * kSize,
-          from.col_stride == 1 && cols > 0 ? rows : 0};
-}
-
 // The rows of all lanes, where they are evenly spaced: those of one head; none else.
 template <class T>
-static Ask ask_for_queries(const View& view, const QueryBlock& block) {
+static Memory memory_of_queries(const View& view, const QueryBlock& block) {
   if (!block.are_even(0, block.count)) return {};
   Rows<T> rows = query_row<T>(view, block, 0);
   rows.row_stride = view.stride[2];
-  return ask_for(rows, block.count, view.size[3]);
+  return memory_of(rows, block.count, view.size[3]);
 }
 
-// Asks for rows between the steps of products, a cache line at a time: in one go they would wait for each other.
-class PrefetchWork {
- public:
-  // `list` has room for `count` asks, and for `urgent` more before them.
-  PrefetchWork(Ask* list, int64_t urgent) : begin_(list), next_(list + urgent), end_(list + urgent) {}
-  void add(const Ask& ask) {
-    if (ask.rows > 0) *end_++ = ask;
-  }
-  // Before all others; dropped where there is no room.
-  void add_first(const Ask& ask) {
-    if (ask.rows <= 0 || next_ == begin_) return;
-    if (current_.rows > 0) *--next_ = current_;
-    current_ = ask, column_ = 0;
-  }
-  ALWAYS_INLINE bool is_done() const { return current_.rows == 0 && next_ == end_; }
-  ALWAYS_INLINE void step() {
-    if (current_.rows == 0) {
-      if (next_ == end_) return;
-      current_ = *next_++, column_ = 0;
-    }
-    __builtin_prefetch(current_.at + column_, 0, 2);
-    column_ += 64;
-    if (column_ < current_.bytes) return;
-    current_.at += current_.stride, --current_.rows, column_ = 0;
-  }
-
- private:
-  Ask current_{};
-  int64_t column_ = 0;
-  Ask *begin_, *next_, *end_;
-};
+// What the next group and block of keys need is asked for between the steps of a strip's products.
+using PrefetchWork = PrefetchList<1, 1>;
 
 // What belongs to a strip while its key blocks pass.
 struct GradientStrip {
@@ -191,8 +149,8 @@ static void differentiate(const QueryBlock& block, int64_t j0, const KeyRange* r
                                   *dscores = s.dscores + strip.offset + lane;
     const auto clear = [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) {
-        store_row(weights + c * columns, Vec{});
-        store_row(dscores + c * columns, Vec{});
+        store_operand(weights + c * columns, Vec{});
+        store_operand(dscores + c * columns, Vec{});
       }
     };
     clear(0, range.begin);
@@ -213,8 +171,8 @@ static void differentiate(const QueryBlock& block, int64_t j0, const KeyRange* r
         dscore[i] = score == -kInfinity ? Vec{} : dscore[i];  // hidden: zero, also in a row of NaN
         if (s.slope != nullptr) dscore[i] = dscore[i] * load_vec(s.slope + from);
         if (s.dropout != nullptr) weight = weight * dropout;
-        store_row(weights + (c + i) * columns, weight);
-        store_row(dscores + (c + i) * columns, dscore[i]);
+        store_operand(weights + (c + i) * columns, weight);
+        store_operand(dscores + (c + i) * columns, dscore[i]);
       }
       if (kPairs) store_vec(s.dscores_strip + c / 2 * kQueries + lane, pair_of(dscore[0], dscore[1]));
     }

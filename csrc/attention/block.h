@@ -4,13 +4,13 @@
 // that share it, head after head, so grouped queries read a key once and a decoding step fills a block with heads.
 #pragma once
 
+#include "simd/amx.h"
 #include "simd/buffer.h"
-#include "simd/tiles.h"
 #include "simd/vec_math.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// A strip of queries is as wide as the register tile of a matrix product (tile.h) or a small multiple of it;
+// A strip of queries is as wide as the register tile of a matrix product or a small multiple of it;
 // a tile of scores is kKeys x kQueries floats (12 KiB), so that at head size 64 it and a strip of q and of out (12 KiB
 // each) stay in a first-level cache while keys and values pass by. Both are multiples of every vector's length.
 constexpr int kQueries = 48;
@@ -63,8 +63,8 @@ static Sequence sequence_at(const AttentionArgs& a, int64_t b) {
   return s;
 }
 
-// Whether attention_decode.h takes a sequence forward: it has queries, few enough, and all rows are contiguous. More
-// are better served by attention_forward.h, which has queries in the lanes.
+// Whether decode.h takes a sequence forward: it has queries, few enough, and all rows are contiguous. More
+// are better served by forward.h, which has queries in the lanes.
 static inline bool is_decoding(const AttentionArgs& a, const Sequence& s) {
   const View* const views[] = {&a.q, &a.k, &a.v};
   for (const View* view : views)
@@ -204,7 +204,7 @@ struct KeyIds {
 };
 
 // Keys of a tile are left out in runs of so many: the rows of a register tile of AVX-512, or of AMX.
-constexpr int kKeyRun = kHasTiles ? kTileSide : 8;
+constexpr int kKeyRun = kHasAmx ? kAmxSide : 8;
 static_assert(kKeys % kKeyRun == 0);
 
 // Keys [begin, end) of a tile, begin and unless it is the tile's also end a multiple of kKeyRun.

@@ -4,9 +4,9 @@
 // turn. For R rows, T keys and b bytes an element this reads T (D + Dv) b bytes once and does 2 R T (D + Dv) flops.
 // With few rows a core waits for memory, so everything here serves to keep it reading.
 //   - K and V are read in place, from any layout and from pages, and widened in registers; nothing is packed.
-//   - Keys are split into stretches of stretch_length() keys. A stretch leaves (maximum, sum, unnormalised out) of each
-//     row in fp32, and the stretches of a row are merged in their order. How keys are split depends on T alone, so that
-//     the result's bits do not depend on the number of threads; a stretch is work for one thread.
+//   - Keys are split into spans of span_length() keys. A span leaves (maximum, sum, unnormalised out) of each
+//     row in fp32, and the spans of a row are merged in their order. How keys are split depends on T alone, so that
+//     the result's bits do not depend on the number of threads; a span is work for one thread.
 //   - Scores of a chunk of kChunkKeys keys are [row][key]: lanes are keys. kLanes dot products at a time run along D
 //     and are added up across lanes together (sums_of). The softmax of a row then costs 1 / kLanes of an exponential a
 //     key.
@@ -26,15 +26,15 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// Keys of a stretch: the partial results of 16 rows are some 3% of the bytes of 512 keys. Past 64 stretches they grow
+// Keys of a span: the partial results of 16 rows are some 3% of the bytes of 512 keys. Past 64 spans they grow
 // instead, which bounds the scratch memory.
-static inline int64_t stretch_length(int64_t T) { return max_of(512, round_up(ceil_div(T, 64), kKeys)); }
+static inline int64_t span_length(int64_t T) { return max_of(512, round_up(ceil_div(T, 64), kKeys)); }
 
-// The work of a call: (sequence, stretch of keys, key head), and where each leaves its partial result.
+// The work of a call: (sequence, span of keys, key head), and where each leaves its partial result.
 struct DecodeWork {
   const AttentionArgs& args;
   int64_t rows, padded_Dv;  // the most rows of a key head; Dv up to whole slices
-  Buffer<int64_t> first;    // item of each sequence, and the end
+  Buffer<int64_t> first;    // task of each sequence, and the end
 
   explicit DecodeWork(const AttentionArgs& a)
       : args(a), rows(0), padded_Dv(round_up(a.v.size[3], kSlice)), first(sequence_count(a) + 1) {
@@ -44,30 +44,30 @@ struct DecodeWork {
       first[b + 1] = first[b];
       if (!is_decoding(a, sequence)) continue;
       rows = max_of(rows, row_count(sequence));
-      first[b + 1] += a.k.size[1] * stretches(sequence);
+      first[b + 1] += a.k.size[1] * spans(sequence);
     }
   }
   int64_t row_count(const Sequence& s) const { return args.q.size[1] / args.k.size[1] * s.S; }
-  static int64_t stretches(const Sequence& s) { return max_of(1, ceil_div(s.visible_keys, stretch_length(s.T))); }
+  static int64_t spans(const Sequence& s) { return max_of(1, ceil_div(s.visible_keys, span_length(s.T))); }
   int64_t count() const { return first[sequence_count(args)]; }
 
-  // The sequence that owns an item.
-  int64_t sequence_of(int64_t item) const {
-    int64_t low = 0, high = sequence_count(args);  // first[low] <= item < first[high]
+  // The sequence that owns a task.
+  int64_t sequence_of(int64_t task) const {
+    int64_t low = 0, high = sequence_count(args);  // first[low] <= task < first[high]
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (first[middle] <= item ? low : high) = middle;
+      (first[middle] <= task ? low : high) = middle;
     }
     return low;
   }
 };
 
-// What a stretch of keys leaves of its rows. `out` is relative to exp(maximum), in the order of slices of V.
+// What a span of keys leaves of its rows. `out` is relative to exp(maximum), in the order of slices of V.
 struct Partial {
   float *maximum, *sum, *out;
 
-  Partial(const DecodeWork& work, float* base, int64_t item)
-      : maximum(base + item * size(work)), sum(maximum + kDecodeRows), out(sum + kDecodeRows) {}
+  Partial(const DecodeWork& work, float* base, int64_t task)
+      : maximum(base + task * size(work)), sum(maximum + kDecodeRows), out(sum + kDecodeRows) {}
   static int64_t size(const DecodeWork& work) { return 2 * kDecodeRows + work.rows * work.padded_Dv; }
 };
 
@@ -96,16 +96,16 @@ static inline int64_t row_start(const View& view, const QueryBlock& block, int64
          (block.sequence.query0 + block.index[row]) * view.stride[2];
 }
 
-// The chunks of the stretches that a thread works on, one after another: the last chunk of one looks ahead to the first
+// The chunks of the spans that a thread works on, one after another: the last chunk of one looks ahead to the first
 // of the next.
 template <class T>
 class ChunkReader {
  public:
   explicit ChunkReader(const DecodeWork& work) : work_(work) {}
 
-  // Goes to a stretch. `following` is the one that probably comes next, or -1.
-  void start(int64_t item, int64_t following) {
-    if (item != opened_) open(item, chunks_[turn_]);
+  // Goes to a span. `following` is the one that probably comes next, or -1.
+  void start(int64_t task, int64_t following) {
+    if (task != opened_) open(task, chunks_[turn_]);
     following_ = following;
     block_ = opened_block_, j_ = opened_j_, end_ = opened_end_;
   }
@@ -126,29 +126,29 @@ class ChunkReader {
   }
 
  private:
-  void open(int64_t item, KeyChunk<T>& chunk) {
+  void open(int64_t task, KeyChunk<T>& chunk) {
     const AttentionArgs& a = work_.args;
-    const int64_t b = work_.sequence_of(item), local = item - work_.first[b], Hkv = a.k.size[1];
+    const int64_t b = work_.sequence_of(task), local = task - work_.first[b], Hkv = a.k.size[1];
     const Sequence sequence = sequence_at(a, b);
-    const int64_t length = stretch_length(sequence.T), begin = local / Hkv * length;
+    const int64_t length = span_length(sequence.T), begin = local / Hkv * length;
     make_query_block(a, sequence, local % Hkv, 0, work_.row_count(sequence), opened_block_);
     opened_j_ = max_of(opened_block_.key_begin(), begin), opened_end_ = min_of(opened_block_.key_end(), begin + length);
     chunk.collect(opened_block_, &opened_j_, opened_end_);
-    opened_ = item;
+    opened_ = task;
   }
 
   const DecodeWork& work_;
   KeyChunk<T> chunks_[2];
   int turn_ = 0;
   bool is_last_ = true;
-  QueryBlock block_, opened_block_;  // of the stretch that is worked on; of the one whose first chunk was collected
+  QueryBlock block_, opened_block_;  // of the span that is worked on; of the one whose first chunk was collected
   int64_t j_ = 0, end_ = 0, opened_j_ = 0, opened_end_ = 0, opened_ = -1, following_ = -1;
 };
 
-// One stretch of keys for all rows of a key head.
+// One span of keys for all rows of a key head.
 template <class T>
-static void decode_stretch(const AttentionArgs& a, ChunkReader<T>& reader, int64_t padded_Dv, const Partial& partial,
-                           const DecodeScratch<T>& s) {
+static void decode_span(const AttentionArgs& a, ChunkReader<T>& reader, int64_t padded_Dv, const Partial& partial,
+                        const DecodeScratch<T>& s) {
   const QueryBlock& block = reader.block();
   const int64_t D = a.q.size[3], Dv = a.v.size[3], parts = ceil_div(D, kSlice), count = block.count;
   const Ahead ahead(D * int64_t{sizeof(T)});
@@ -197,29 +197,29 @@ static void decode_stretch(const AttentionArgs& a, ChunkReader<T>& reader, int64
   }
 }
 
-// Adds up a key head's stretches in their order, with the sink as a key of score `sink` and value 0, and writes out and
+// Adds up a key head's spans in their order, with the sink as a key of score `sink` and value 0, and writes out and
 // lse. `out` is scratch of a row.
 template <class T>
-static void merge_stretches(const DecodeWork& work, int64_t b, int64_t kv_head, float* partials, float* out) {
+static void merge_spans(const DecodeWork& work, int64_t b, int64_t kv_head, float* partials, float* out) {
   const AttentionArgs& a = work.args;
   const int64_t Hkv = a.k.size[1], Dv = a.v.size[3];
   const Sequence sequence = sequence_at(a, b);
   if (!is_decoding(a, sequence)) return;
-  const int64_t count = work.row_count(sequence), stretches = DecodeWork::stretches(sequence);
+  const int64_t count = work.row_count(sequence), spans = DecodeWork::spans(sequence);
   QueryBlock block;
   make_query_block(a, sequence, kv_head, 0, count, block);
   for (int64_t r = 0; r < count; ++r) {
     const float sink =
         a.sinks.defined ? static_cast<const float*>(a.sinks.data)[block.head[r] * a.sinks.stride[0]] : -kInfinity;
     float maximum = sink;
-    for (int64_t i = 0; i < stretches; ++i) {
+    for (int64_t i = 0; i < spans; ++i) {
       const float other = Partial(work, partials, work.first[b] + i * Hkv + kv_head).maximum[r];
       maximum = other > maximum ? other : maximum;
     }
     const float base = maximum == -kInfinity ? 0.0f : maximum;
     float sum = sink == -kInfinity ? 0.0f : exp(sink - base);
     for (int64_t d = 0; d < work.padded_Dv; ++d) out[d] = 0.0f;
-    for (int64_t i = 0; i < stretches; ++i) {
+    for (int64_t i = 0; i < spans; ++i) {
       const Partial partial(work, partials, work.first[b] + i * Hkv + kv_head);
       const float weight = exp(partial.maximum[r] - base);
       sum += partial.sum[r] * weight;
@@ -243,19 +243,19 @@ static void attention_decode_as(const AttentionArgs& a, int threads) {
   const int team = static_cast<int>(min_of(threads, count));
   const int64_t scratch_size = DecodeScratch<T>(a, nullptr).size + work.padded_Dv;
   const Buffer<float> scratch(team * scratch_size), partials(count * Partial::size(work));
-  const auto stretch = [&](ChunkReader<T>& reader, int64_t item, int64_t end, int thread) {
+  const auto span = [&](ChunkReader<T>& reader, int64_t task, int64_t end, int thread) {
     const DecodeScratch<T> s(a, scratch.get() + thread * scratch_size);
-    reader.start(item, item + 1 < end ? item + 1 : -1);
-    decode_stretch<T>(a, reader, work.padded_Dv, Partial(work, partials.get(), item), s);
+    reader.start(task, task + 1 < end ? task + 1 : -1);
+    decode_span<T>(a, reader, work.padded_Dv, Partial(work, partials.get(), task), s);
   };
   const auto merge = [&](int64_t i, int thread) {
     float* row = scratch.get() + (thread + 1) * scratch_size - work.padded_Dv;
-    merge_stretches<T>(work, i / Hkv, i % Hkv, partials.get(), row);
+    merge_spans<T>(work, i / Hkv, i % Hkv, partials.get(), row);
   };
   // A parallel region of one thread is not free: it costs as much as a small call.
   if (team == 1) {
     ChunkReader<T> reader(work);
-    for (int64_t item = 0; item < count; ++item) stretch(reader, item, count, 0);
+    for (int64_t task = 0; task < count; ++task) span(reader, task, count, 0);
     for (int64_t i = 0; i < heads; ++i) merge(i, 0);
     return;
   }
@@ -266,7 +266,7 @@ static void attention_decode_as(const AttentionArgs& a, int threads) {
     const int64_t end = count * (thread + 1) / team;
     ChunkReader<T> reader(work);
     TeamTasks::Round round;
-    tasks.run(round, count, [&](int64_t item) { stretch(reader, item, end, thread); });
+    tasks.run(round, count, [&](int64_t task) { span(reader, task, end, thread); });
 #pragma omp barrier
 #pragma omp for
     for (int64_t i = 0; i < heads; ++i) merge(i, thread);

@@ -1,11 +1,12 @@
-// Few rows of queries against a chunk of keys, as attention_decode.h has them: scores, what is added to or hidden of
+// Few rows of queries against a chunk of keys, as decode.h has them: scores, what is added to or hidden of
 // them, a step of the online softmax, and the product with the values. Memory is asked for ahead of every loop.
 #pragma once
 
 #include <cmath>
 
 #include "attention/scores.h"
-#include "product/tile.h"
+#include "product/packing.h"
+#include "product/register_tile.h"
 #include "simd/slice.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
@@ -223,7 +224,7 @@ static inline void value_tiles(const ValueBlock<T>& block, int64_t i) {
     value_tile<T, kRows, 1, false, kPrefetch>(block, i);
 }
 
-// Four rows at a time where registers hold their sums for a whole row of V, two for wider ones: fewer stretches of V's
+// Four rows at a time where registers hold their sums for a whole row of V, two for wider ones: fewer passes over V's
 // rows for the processor's own prefetching, which follows lines in order.
 template <class T>
 static void add_values(ValueBlock<T> block, int64_t count) {

@@ -4,14 +4,14 @@
 //     scores[key][query]  = K Q^T                      48 x 128 x D multiply-adds
 //     weights[key][query] = 2^(factor scores - base), all keys of a query in one lane
 //     out[d][query]       = out alpha + V^T weights     48 x 128 x Dv multiply-adds
-// so both products broadcast K and V from their natural layout and no reduction crosses lanes (AMX's tiles take V
+// so both products broadcast K and V from their natural layout and no reduction crosses lanes (AMX tiles take V
 // transposed, and their products have no softmax woven in). base is the running
 // maximum times factor, and factor is log2(e), times the softmax scale where nothing comes between the product and the
-// exponential. A unit of work is up to kForwardStrips strips of one key head, which share what has to be copied of a
+// exponential. A task is up to kForwardStrips strips of one key head, which share what has to be copied of a
 // block of keys (another dtype, rows far apart). Blocks of keys that no query of a strip sees are skipped, and so are
 // keys at the ends of a block that a vector of queries does not see (`TileKeys`). Bytes: q and out once, k and v once
-// per unit of their key head (which holds every query head that shares it), asked for a block of keys ahead. Nothing
-// depends on who does which unit. Scratch is a few tiles a thread; no S x T buffer.
+// per task of their key head (which holds every query head that shares it), asked for a block of keys ahead. Nothing
+// depends on who does which task. Scratch is a few tiles a thread; no S x T buffer.
 #pragma once
 
 #include <omp.h>
@@ -21,14 +21,14 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// Strips of queries in a unit of work at most, and bytes of their q and out: they take turns in a first-level cache and
+// Strips of queries in a task at most, and bytes of their q and out: they take turns in a first-level cache and
 // stay in the second.
 constexpr int kForwardStrips = 16;
-constexpr int64_t kUnitBytes = 512 << 10;
+constexpr int64_t kTaskBytes = 512 << 10;
 
-static inline int64_t strips_per_unit(const AttentionArgs& a, int threads) {
+static inline int64_t strips_per_task(const AttentionArgs& a, int threads) {
   const int64_t strip_bytes = kQueries * (a.q.size[3] + a.v.size[3]) * sizeof(float);
-  const int64_t fitting = clamp(kUnitBytes / max_of(strip_bytes, 1), 1, kForwardStrips);
+  const int64_t fitting = clamp(kTaskBytes / max_of(strip_bytes, 1), 1, kForwardStrips);
   return clamp(total_strips(a) / (4 * threads), 1, fitting);
 }
 
@@ -169,10 +169,64 @@ static void forward_few(const AttentionArgs& a, const QueryBlock& block, const F
               query_row<T>(a.out, block, lane));
 }
 
-// The strips of a unit. Their tiles form one sequence, and the product of a tile's weights with the values is put off
+// A product of a tile's weights with its values that is still to be done.
+template <class T>
+struct PendingValues {
+  const StripState* strip = nullptr;
+  typename Products<T>::ColumnOperand values;
+  int64_t width, depth[kQueryVectors];
+  const float* weights;
+  float* alpha;
+  bool is_first, has_moved;  // has_moved: not all of alpha are 1
+
+  template <class Work>
+  void add(int64_t Dv, Work& work) const {
+    const auto multiply = [&](auto into, auto steps) {
+      product<decltype(into)::value>(Dv, width, steps, values, weights, kQueries, strip->out, kQueries, alpha, work);
+    };
+    if (depth[0] != depth[width / kLanes - 1]) {
+      if (is_first) std::memset(strip->out, 0, round_up(Dv, kLanes) * kQueries * sizeof(float));
+      multiply(std::integral_constant<Into, Into::kScaleAndAdd>{}, Stairs{depth});
+    } else if (is_first) {
+      multiply(std::integral_constant<Into, Into::kSet>{}, depth[0]);
+    } else if (has_moved) {
+      multiply(std::integral_constant<Into, Into::kScaleAndAdd>{}, depth[0]);
+    } else {
+      multiply(std::integral_constant<Into, Into::kAdd>{}, depth[0]);
+    }
+  }
+};
+
+// The scores of a strip and keys [j, j + n), which `keys` holds, and in s.largest the largest of each query.
+template <class T, bool kPlain>
+static void score_tile(const QueryBlock& block, Cover cover, int64_t j, int64_t n, const TileKeys& tile_keys,
+                       typename Products<T>::RowOperand keys, const KeyIds& documents, const KeyIds& images,
+                       const ForwardScratch& s, const StripState& strip, float* scores) {
+  const int64_t width = block.width, depth = Products<T>::depth(block.args->q.size[3]);
+  copy_lanes(strip.maximum, s.largest);
+  if (kPlain && cover == Cover::kWhole) {
+    product<Into::kSetAndCompare>(n, width, depth, keys, strip.queries, kQueries, scores, kQueries, s.largest);
+    return;
+  }
+  for (int64_t lane = 0, row = 0; lane < width; lane += kLanes) {
+    const int64_t row_end = tile_keys.of[lane / kLanes];
+    if (row_end == row) continue;
+    product<kPlain ? Into::kSet : Into::kSetScaled>(row_end - row, width - lane, depth, keys.rows_from(row),
+                                                    strip.queries + lane, kQueries, scores + row * kQueries + lane,
+                                                    kQueries, s.scale);
+    row = row_end;
+  }
+  if (kPlain)
+    hide_scores(block, j, tile_keys.of, documents, images, scores);
+  else
+    finish_scores(block, j, n, cover, documents, images, s.bias, scores, nullptr);
+  compare_scores(width, tile_keys.of, scores, s.largest);
+}
+
+// The strips of a task. Their tiles form one sequence, and the product of a tile's weights with the values is put off
 // until the scores of the next tile are there, whose weights are then worked out in between (`product`).
 template <class T, bool kPlain>
-static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64_t count, const ForwardScratch& s) {
+static void forward_task(const AttentionArgs& a, const QueryBlock* blocks, int64_t count, const ForwardScratch& s) {
   using P = Products<T>;
   using Work = WeightWork<P::kPairs, kPlain>;
   const int64_t D = a.q.size[3], Dv = a.v.size[3];
@@ -180,32 +234,8 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
   int64_t begin = INT64_MAX, end = 0;
   for (int64_t i = 0; i < count; ++i)
     begin = min_of(begin, blocks[i].key_begin()), end = max_of(end, blocks[i].key_end());
-  begin = begin / kForwardKeys * kForwardKeys;  // the same blocks whatever strips share a unit
-  struct {
-    const StripState* strip = nullptr;
-    typename P::ColumnOperand values;
-    int64_t width, depth[kQueryVectors];
-    const float* weights;
-    float* alpha;
-    bool is_first, has_moved;  // has_moved: not all of alpha are 1
-  } pending;
-  const auto add_values = [&](auto& work) {
-    const auto add = [&](auto into, auto depth) {
-      product<decltype(into)::value>(Dv, pending.width, depth, pending.values, pending.weights, kQueries,
-                                     pending.strip->out, kQueries, pending.alpha, work);
-    };
-    const int64_t depth = pending.depth[0];
-    if (depth != pending.depth[pending.width / kLanes - 1]) {
-      if (pending.is_first) std::memset(pending.strip->out, 0, s.padded_Dv * kQueries * sizeof(float));
-      add(std::integral_constant<Into, Into::kScaleAndAdd>{}, Stairs{pending.depth});
-    } else if (pending.is_first) {
-      add(std::integral_constant<Into, Into::kSet>{}, depth);
-    } else if (pending.has_moved) {
-      add(std::integral_constant<Into, Into::kScaleAndAdd>{}, depth);
-    } else {
-      add(std::integral_constant<Into, Into::kAdd>{}, depth);
-    }
-  };
+  begin = begin / kForwardKeys * kForwardKeys;  // the same blocks whatever strips share a task
+  PendingValues<T> pending;
   int tile = 0, value_buffer = 0;
   bool has_out[kForwardStrips] = {};
   int64_t started = 0;
@@ -254,28 +284,11 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
       float *scores = s.scores[tile], *alpha = s.alpha[tile];
       const int64_t skipped = seen.begin, j = j0 + skipped, n = seen.end - skipped;
       const TileKeys tile_keys = cover == Cover::kPart ? TileKeys(block, j, n) : TileKeys(n);
-      copy_lanes(strip.maximum, s.largest);
-      if (kPlain && cover == Cover::kWhole) {
-        product<Into::kSetAndCompare>(n, width, P::depth(D), keys, strip.queries, kQueries, scores, kQueries,
-                                      s.largest);
-      } else {
-        for (int64_t lane = 0, row = 0; lane < width; lane += kLanes) {
-          const int64_t row_end = tile_keys.of[lane / kLanes];
-          if (row_end == row) continue;
-          product<kPlain ? Into::kSet : Into::kSetScaled>(row_end - row, width - lane, P::depth(D),
-                                                          keys.rows_from(skipped + row), strip.queries + lane, kQueries,
-                                                          scores + row * kQueries + lane, kQueries, s.scale);
-          row = row_end;
-        }
-        if (kPlain)
-          hide_scores(block, j, tile_keys.of, documents.from(skipped), images.from(skipped), scores);
-        else
-          finish_scores(block, j, n, cover, documents.from(skipped), images.from(skipped), s.bias, scores, nullptr);
-        compare_scores(width, tile_keys.of, scores, s.largest);
-      }
+      score_tile<T, kPlain>(block, cover, j, n, tile_keys, keys.rows_from(skipped), documents.from(skipped),
+                            images.from(skipped), s, strip, scores);
       const bool has_moved = start_softmax<kPlain>(width, factor, strip, s.largest, alpha, s.stats);
       Work work(scores, width, tile_keys.of, s.stats);
-      if (pending.strip != nullptr) add_values(work);
+      if (pending.strip != nullptr) pending.add(Dv, work);
       finish_softmax(width, strip, alpha, s.stats, work);
       if (a.dropout_p > 0) drop_weights<P::kPairs>(block, j, n, s.dropout, scores);
       pending = {&strip, values.depth_from(P::depth(skipped)), width, {}, scores, alpha, !has_out[i], has_moved};
@@ -286,7 +299,7 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
   }
   start(count - 1);
   NoWork nothing;
-  if (pending.strip != nullptr) add_values(nothing);
+  if (pending.strip != nullptr) pending.add(Dv, nothing);
   for (int64_t i = 0; i < count; ++i) {
     const StripState& strip = s.strips[i];
     finish_sums(a, blocks[i], factor, strip, s.stats);
@@ -297,27 +310,27 @@ static void forward_unit(const AttentionArgs& a, const QueryBlock* blocks, int64
 
 template <class T, bool kPlain>
 static void attention_forward_plain_or_not(const AttentionArgs& a, int threads) {
-  const int64_t unit_strips = strips_per_unit(a, threads);
-  const QueryWork work(a, unit_strips);
+  const int64_t task_strips = strips_per_task(a, threads);
+  const QueryWork work(a, task_strips);
   const int64_t count = work.count();
   if (count == 0) return;
   const int team = static_cast<int>(min_of(threads, count));
-  const int64_t scratch_size = ForwardScratch(a, unit_strips, nullptr).size;
+  const int64_t scratch_size = ForwardScratch(a, task_strips, nullptr).size;
   const Buffer<float> scratch(team * scratch_size);
 #pragma omp parallel num_threads(team)
   {
-    [[maybe_unused]] const Tiles tiles;
-    const ForwardScratch s(a, unit_strips, scratch.get() + omp_get_thread_num() * scratch_size);
+    [[maybe_unused]] const AmxTiles tiles;
+    const ForwardScratch s(a, task_strips, scratch.get() + omp_get_thread_num() * scratch_size);
 #pragma omp for schedule(dynamic)
-    for (int64_t unit = 0; unit < count; ++unit) {
+    for (int64_t task = 0; task < count; ++task) {
       QueryBlock blocks[kForwardStrips];
-      const int64_t strips = work.get(unit, blocks);
+      const int64_t strips = work.get(task, blocks);
       if (is_decoding(a, blocks[0].sequence)) continue;
       // A key head with so few rows has but one strip.
       if (blocks[0].count <= kFewQueries)
         forward_few<T, kPlain>(a, blocks[0], s);
       else
-        forward_unit<T, kPlain>(a, blocks, strips, s);
+        forward_task<T, kPlain>(a, blocks, strips, s);
     }
   }
 }

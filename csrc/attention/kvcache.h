@@ -6,9 +6,9 @@
 // rotated queries go to scratch of q's dtype. That is some bytes for each new token; what counts is the attention
 // behind it.
 //
-// A cache of pages is read where it lies by attention_decode.h, if the rows of a key head are few. More rows have more
+// A cache of pages is read where it lies by decode.h, if the rows of a key head are few. More rows have more
 // to do with each key than to read it, so the keys that they see are first gathered from their pages into scratch, as
-// many entries or heads at a time as fit kGatherBytes (and at least one head of one entry), for attention_forward.h.
+// many entries or heads at a time as fit kGatherBytes (and at least one head of one entry), for forward.h.
 #pragma once
 
 #include "attention/attention.h"
@@ -238,19 +238,20 @@ static void attend_to_gathered(const KvCacheArgs& c, const AttentionArgs& a, con
   const Buffer<T> scratch(max_of(entries_at_once * heads_at_once * head_size, 1));
   for (int64_t b = 0; b < B; b += entries_at_once)
     for (int64_t h = 0; h < Hkv; h += heads_at_once) {
-      Gathered<T> piece{c, b, min_of(entries_at_once, B - b), h, min_of(heads_at_once, Hkv - h), 0, first.get(), total};
-      for (int64_t i = b; i < b + piece.entries; ++i) piece.length = max_of(piece.length, lengths[i]);
+      Gathered<T> gathered{c,           b,    min_of(entries_at_once, B - b), h, min_of(heads_at_once, Hkv - h), 0,
+                           first.get(), total};
+      for (int64_t i = b; i < b + gathered.entries; ++i) gathered.length = max_of(gathered.length, lengths[i]);
       AttentionArgs part = a;
       part.block_table = View{};
-      part.q = piece.template part<T>(a.q, group), part.out = piece.template part<T>(a.out, group);
-      part.lse = piece.template part<float>(a.lse, group);
-      part.k = piece.gather(c.k_cache, scratch.get(), threads);
-      part.v = piece.gather(c.v_cache, scratch.get() + piece.entries * piece.entry_size(D), threads);
-      part.key_lengths = int32_view(lengths.get() + b, piece.entries);
-      part.offsets = int32_view(offsets.get() + b, piece.entries);
+      part.q = gathered.template part<T>(a.q, group), part.out = gathered.template part<T>(a.out, group);
+      part.lse = gathered.template part<float>(a.lse, group);
+      part.k = gathered.gather(c.k_cache, scratch.get(), threads);
+      part.v = gathered.gather(c.v_cache, scratch.get() + gathered.entries * gathered.entry_size(D), threads);
+      part.key_lengths = int32_view(lengths.get() + b, gathered.entries);
+      part.offsets = int32_view(offsets.get() + b, gathered.entries);
       if (a.sinks.defined) {
         part.sinks.data = static_cast<float*>(a.sinks.data) + h * group * a.sinks.stride[0];
-        part.sinks.size[0] = piece.heads * group;
+        part.sinks.size[0] = gathered.heads * group;
       }
       attention_forward(part, threads);
     }
@@ -291,7 +292,7 @@ static void attention_kvcache_as(const KvCacheArgs& c, int threads) {
 }
 
 static void attention_kvcache(const KvCacheArgs& c, int threads) {
-  with_float(c.q.dtype, [&](auto zero) { attention_kvcache_as<decltype(zero)>(c, threads); });
+  with_operands(c.q.dtype, [&](auto zero) { attention_kvcache_as<decltype(zero)>(c, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -1,10 +1,26 @@
-// How tiles of attention are multiplied (operands.h), and how queries stand in them.
+// How tiles of attention are multiplied (product/), and how queries stand in them.
 #pragma once
 
 #include "attention/work.h"
-#include "product/tile_products.h"
+#include "product/strips.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
+
+// c[i * c_stride + j] = a row i . b row j, for rows (of a) and few (of b, at most kLanes), `width` a multiple of
+// kLanes; the rest of c's first vector is 0.
+static void dot_rows(int64_t rows, int64_t few, int64_t width, const float* a, const float* b, float* c,
+                     int64_t c_stride) {
+  for (int64_t i = 0; i < rows; ++i) {
+    Vec result = {};  // stored whole: a vector load soon after could not be served from single stores
+    for (int64_t j = 0; j < few; ++j) {
+      Vec sum = {};
+      for (int64_t d = 0; d < width; d += kLanes)
+        sum = mul_add(load_vec(a + i * width + d), load_vec(b + j * width + d), sum);
+      result[j] = sum_of(sum);
+    }
+    store_vec(c + i * c_stride, result);
+  }
+}
 
 template <class T>
 struct Products : Operands<T> {

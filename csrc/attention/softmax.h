@@ -91,8 +91,8 @@ struct WeightWork {
     lanes_left -= kLanes, scores += kLanes, stats += kLanes, ++n;
     start_vector();
   }
-  // All steps that are left, where none is done beside a product (tiles): two at a time, for a sum in memory would wait
-  // for itself.
+  // All steps that are left, where none is done beside a product (AMX tiles): two at a time, for a sum in memory would
+  // wait for itself.
   void finish() {
     for (; lanes_left > 0; lanes_left -= kLanes, scores += kLanes, stats += kLanes, ++n, start_vector()) {
       const SoftmaxStats s(stats);
@@ -152,7 +152,7 @@ static bool start_softmax(int64_t width, float factor, const StripState& strip, 
 // All weights of a tile that are left, and the running sum.
 template <class Work>
 static void finish_softmax(int64_t width, const StripState& strip, const float* alpha, const float* stats, Work& work) {
-  if (kHasTiles)
+  if (kHasAmx)
     work.finish();
   else
     while (!work.is_done()) work.step();

@@ -1,19 +1,20 @@
-// How a call of attention is divided: rows of tensors behind a block's lanes, and the strips and units of work.
+// How a call of attention is divided: rows of tensors behind a block's lanes, and the strips and tasks.
 #pragma once
 
 #include "attention/scores.h"
-#include "product/tile.h"
+#include "product/packing.h"
+#include "product/register_tile.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
-// Hands out consecutive pieces of one thread's scratch; with no base it only counts.
+// Hands out one consecutive place after another of a thread's scratch; with no base it only counts.
 class Arena {
  public:
   explicit Arena(float* base) : base_(base) {}
   float* take(int64_t count) {
-    float* piece = base_ == nullptr ? nullptr : base_ + used_;
+    float* place = base_ == nullptr ? nullptr : base_ + used_;
     used_ += round_up(count, 16);
-    return piece;
+    return place;
   }
   int64_t used() const { return used_; }
 
@@ -22,7 +23,7 @@ class Arena {
   int64_t used_ = 0;
 };
 
-// Strips of queries in a unit of work.
+// Strips of queries in a task.
 constexpr int kStrips = 4;
 
 // The rows of a block's lanes are one to one those of q, out and what has their shape (B, H, S, ...).
@@ -113,19 +114,19 @@ static void store_queries(const View& view, const QueryBlock& block, const float
 // evenly among a key head's strips: 577 queries are 11 strips of 48 and two of 32, not 12 of 48 and one of 16.
 struct QueryWork {
   const AttentionArgs& args;
-  int64_t strips_per_unit;
-  Buffer<int64_t> first;  // unit of each sequence, and the end
+  int64_t strips_per_task;
+  Buffer<int64_t> first;  // task of each sequence, and the end
 
-  QueryWork(const AttentionArgs& a, int64_t strips_per_unit)
-      : args(a), strips_per_unit(strips_per_unit), first(sequence_count(a) + 1) {
+  QueryWork(const AttentionArgs& a, int64_t strips_per_task)
+      : args(a), strips_per_task(strips_per_task), first(sequence_count(a) + 1) {
     const int64_t B = sequence_count(a);
     first[0] = 0;
-    for (int64_t b = 0; b < B; ++b) first[b + 1] = first[b] + a.k.size[1] * units(sequence_at(a, b));
+    for (int64_t b = 0; b < B; ++b) first[b + 1] = first[b] + a.k.size[1] * tasks(sequence_at(a, b));
   }
   int64_t count() const { return first[sequence_count(args)]; }
   int64_t rows(const Sequence& s) const { return args.q.size[1] / args.k.size[1] * s.S; }
   int64_t strips(const Sequence& s) const { return ceil_div(rows(s), kQueries); }
-  int64_t units(const Sequence& s) const { return ceil_div(strips(s), strips_per_unit); }
+  int64_t tasks(const Sequence& s) const { return ceil_div(strips(s), strips_per_task); }
   // The first row of a strip; of the one past the last, the end.
   int64_t strip_begin(const Sequence& s, int64_t strip) const {
     return min_of(rows(s), ceil_div(rows(s), kLanes) * strip / max_of(strips(s), 1) * kLanes);
@@ -135,15 +136,15 @@ struct QueryWork {
     make_query_block(args, s, kv_head, row, strip_begin(s, strip + 1) - row, block);
   }
 
-  // Fills `blocks` with the unit's strips; returns how many.
-  int64_t get(int64_t unit, QueryBlock* blocks) const {
-    int64_t low = 0, high = sequence_count(args);  // first[low] <= unit < first[high]
+  // Fills `blocks` with the task's strips; returns how many.
+  int64_t get(int64_t task, QueryBlock* blocks) const {
+    int64_t low = 0, high = sequence_count(args);  // first[low] <= task < first[high]
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      (first[middle] <= unit ? low : high) = middle;
+      (first[middle] <= task ? low : high) = middle;
     }
     const Sequence sequence = sequence_at(args, low);
-    const int64_t local = unit - first[low], per_head = units(sequence);
+    const int64_t local = task - first[low], per_head = tasks(sequence);
     // Last rows first: under a causal mask they see most keys.
     const int64_t place = per_head - 1 - local % per_head;
     const int64_t begin = strips(sequence) * place / per_head, end = strips(sequence) * (place + 1) / per_head;

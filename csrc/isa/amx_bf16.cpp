@@ -1,10 +1,11 @@
 #define GPT4V_FAST_ISA amx_bf16
-// Tiles multiply bf16 alone: this ISA has the functions that gain by them, and those of avx512_bf16 for all else. (Not
-// isa/table.h, whose other functions would be compiled once more for nothing.)
-#include "dispatch.h"
+// AMX tiles multiply bf16 alone: this ISA has the functions that gain by them, and those of avx512_bf16 for all else.
+// (Not isa/table.h, whose other functions would be compiled once more for nothing.)
 #include "attention/attention.h"
 #include "attention/kvcache.h"
+#include "dispatch.h"
 #include "loss/linear_cross_entropy.h"
+#include "patch_embed/patch_embed.h"
 #include "probes/peak.h"
 
 namespace gpt4v_fast {
@@ -48,8 +49,14 @@ const Kernels& table() {
           return linear_cross_entropy_gradients(a, nll_slope, lse_slope, room, threads);
         table().linear_cross_entropy_gradients(a, nll_slope, lse_slope, room, threads);
       },
-      [](const PatchEmbedArgs& a, int threads) { table().patch_embed_forward(a, threads); },
-      [](const PatchEmbedArgs& a, int threads) { table().patch_embed_backward(a, threads); },
+      [](const PatchEmbedArgs& a, int threads) {
+        if (patch::is_bf16(a)) return patch_embed_forward(a, threads);
+        table().patch_embed_forward(a, threads);
+      },
+      [](const PatchEmbedArgs& a, int threads) {
+        if (patch::is_bf16(a)) return patch_embed_backward(a, threads);
+        table().patch_embed_backward(a, threads);
+      },
       [](int threads, double seconds) { return table().peak_fma(threads, seconds); },
       peak_dot_bf16,
       [](const float* data, int64_t count, int threads, double seconds) {

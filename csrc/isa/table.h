@@ -4,9 +4,9 @@
 // (tests/native/test_native.py looks for such symbols).
 #pragma once
 
-#include "dispatch.h"
 #include "attention/attention.h"
 #include "attention/kvcache.h"
+#include "dispatch.h"
 #include "loss/cross_entropy.h"
 #include "loss/linear_cross_entropy.h"
 #include "patch_embed/patch_embed.h"

@@ -150,7 +150,7 @@ constexpr bool kStoresVectors = sizeof(T) == sizeof(float) || Operands<T>::kPair
 
 template <class T>
 static inline void store_vectors(T* to, Vec value) {
-  if constexpr (kStoresVectors<T>) gpt4v_fast::GPT4V_FAST_ISA::store_row(to, value);
+  if constexpr (kStoresVectors<T>) store_operand(to, value);
 }
 
 template <class T>
@@ -224,7 +224,7 @@ static void cross_entropy_forward(const CrossEntropyArgs& a, int threads) {
   const int64_t N = a.logits.size[0];
   const loss::Classes classes(a, a.logits.size[1]);
   const loss::Cap cap(a.softcap);
-  with_float(a.logits.dtype, [&](auto zero) {
+  with_operands(a.logits.dtype, [&](auto zero) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < N; ++row) loss::forward_row<decltype(zero)>(a, classes, cap, row);
   });
@@ -234,7 +234,7 @@ static void cross_entropy_backward(const CrossEntropyArgs& a, int threads) {
   const int64_t N = a.logits.size[0];
   const loss::Classes classes(a, a.logits.size[1]);
   const loss::Cap cap(a.softcap);
-  with_float(a.logits.dtype, [&](auto zero) {
+  with_operands(a.logits.dtype, [&](auto zero) {
     const View& to = a.grad_logits;
     static LargePages before;
     if (to.stride[1] == 1 && to.stride[0] == classes.V)

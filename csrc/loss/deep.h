@@ -1,8 +1,8 @@
-// Logits of many features in AMX's tiles: some tiles of the weight at a time, a stretch of the depth after the other.
+// Logits of many features in AMX tiles: some tiles of the weight at a time, a part of the depth after the other.
 //
 // Six strips of tokens of 4,096 features are 2.3 MiB, which pass by every tile of the weight; from third-level cache a
-// product takes 37 cycles, from the second 20 (docs/tuning.md). Taken a stretch of the depth at a time, for the tiles
-// of some more rows, they stay near, and fp32 sums of the tiles are kept instead. The sums are those of `tile_product`.
+// product takes 37 cycles, from the second 20 (docs/tuning.md). Taken a part of the depth at a time, for the tiles
+// of some more rows, they stay near, and fp32 sums of the tiles are kept instead. The sums are those of `amx_product`.
 #pragma once
 
 #include "loss/sizes.h"
@@ -17,7 +17,7 @@ class DeepLogits {
       : weight(rows_of_weight),
         E(a.weight.size[1]),
         strips_(strips),
-        thread_floats(kTiles * strips * kTileRows * kCols),
+        thread_floats(kTiles * strips * kTileRows * kStripCols),
         is_used(serves(E, strips) && is_read_in_place(a, weight) && threads * thread_floats * 4 <= kMostBytes),
         sums(is_used ? threads * thread_floats : 0) {}
 
@@ -31,21 +31,22 @@ class DeepLogits {
   void multiply(int64_t index, int64_t v, int64_t end, int64_t tile_rows, const float* packed, const Strips& tokens,
                 int64_t first, int64_t last) const {
     if (!is_used || index % kTiles != 0) return;
-    if constexpr (kHasTiles && Operands<T>::kPairs) {
-      const int64_t pairs = Operands<T>::depth(E), parts = tile_parts(pairs);
+    if constexpr (kHasAmx && Operands<T>::kPairs) {
+      const int64_t pairs = Operands<T>::depth(E), parts = amx_products(pairs);
       NoWork nothing;
       for (int64_t part = 0; part < parts; part += kParts)
         for (int64_t t = 0, row = v; t < kTiles && row < end; ++t, row += tile_rows)
           for (int64_t s = first; s < last; ++s)
-            tile_product({weight.row(row), weight.row_stride}, min_of(tile_rows, end - row), tokens.lanes(s) / kLanes,
-                         pairs, packed + (s - first) * strip_size<T>(E), kCols, tile(t, s - first), kCols, part > 0,
-                         part, min_of(part + kParts, parts), nothing);
+            amx_product({weight.row(row), weight.row_stride}, min_of(tile_rows, end - row), tokens.lanes(s) / kLanes,
+                        pairs, packed + (s - first) * strip_size<T>(E), kStripCols, tile(t, s - first), kStripCols,
+                        part > 0, part, min_of(part + kParts, parts), nothing);
     }
   }
 
-  // The products of the tile with this index and the strip: [row][kCols].
+  // The products of the tile with this index and the strip: [row][kStripCols].
   float* tile(int64_t index, int64_t strip) const {
-    return sums.get() + omp_get_thread_num() * thread_floats + (index % kTiles * strips_ + strip) * kTileRows * kCols;
+    return sums.get() + omp_get_thread_num() * thread_floats +
+           (index % kTiles * strips_ + strip) * kTileRows * kStripCols;
   }
 
  private:
@@ -54,7 +55,7 @@ class DeepLogits {
   static constexpr int64_t kMostBytes = 16 << 20;
 
   static bool serves(int64_t E, int64_t strips) {
-    return kHasTiles && Operands<T>::kPairs && E >= kFewestFeatures && strips > 1;
+    return kHasAmx && Operands<T>::kPairs && E >= kFewestFeatures && strips > 1;
   }
 
   const RowsOf<T>& weight;

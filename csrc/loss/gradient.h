@@ -17,9 +17,9 @@ struct GradientTile {
 
   // From logits x (rows, stride), which may be the tile.
   void of_logits(const float* x, int64_t stride, float* tile) const {
-    float of_label[kCols];
+    float of_label[kStripCols];
     const bool has_label = slopes.any_label(first, rows);
-    for (int c = 0; has_label && c < kCols; ++c) {
+    for (int c = 0; has_label && c < kStripCols; ++c) {
       const int64_t r = slopes.label[c] - first;
       if (r >= 0 && r < rows) of_label[c] = label_gradient(c, x[r * stride + c]);
     }
@@ -39,9 +39,9 @@ struct GradientTile {
   // From steps (rows, lanes) below the tokens' origins (KeptLogits), and the labels' logits.
   void of_steps(const float* origins, const uint16_t* steps, float per_step, const float* label_logits,
                 float* tile) const {
-    float of_label[kCols];
+    float of_label[kStripCols];
     const bool has_label = slopes.any_label(first, rows);
-    for (int c = 0; has_label && c < kCols; ++c) {
+    for (int c = 0; has_label && c < kStripCols; ++c) {
       const int64_t r = slopes.label[c] - first;
       if (r >= 0 && r < rows) of_label[c] = label_gradient(c, label_logits[c]);
     }
@@ -62,9 +62,9 @@ struct GradientTile {
   }
 
   void put_labels(bool has_label, const float* of_label, float* tile) const {
-    for (int c = 0; has_label && c < kCols; ++c) {
+    for (int c = 0; has_label && c < kStripCols; ++c) {
       const int64_t r = slopes.label[c] - first;
-      if (r >= 0 && r < rows) tile[r * kCols + c] = of_label[c];
+      if (r >= 0 && r < rows) tile[r * kStripCols + c] = of_label[c];
     }
   }
 
@@ -77,7 +77,7 @@ struct GradientTile {
     const auto row = [&](int64_t r) ALWAYS_INLINE_LAMBDA {
       __builtin_prefetch(fetched + r * step, 0, 2);
       const Vec dz = slope * exp2(exponent(r));
-      store_vec(to + r * kCols, class_weight == nullptr ? dz : dz - smoothed * class_weight[r]);
+      store_vec(to + r * kStripCols, class_weight == nullptr ? dz : dz - smoothed * class_weight[r]);
     };
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4)
@@ -92,14 +92,14 @@ struct GradientTile {
         const TanhAndSlope t = tanh_and_slope(x[r * stride + c] * cap.inverse);
         const float weight = class_weight == nullptr ? 0.0f : class_weight[r], z = cap.softcap * t.value;
         const float dz = slopes.p[lane + c] * exp((z - slopes.lse[lane + c]) - slopes.lse_low[lane + c]);
-        to[r * kCols + c] = t.slope * (dz - slopes.all[lane + c] * weight);
+        to[r * kStripCols + c] = t.slope * (dz - slopes.all[lane + c] * weight);
       }
   }
 };
 
-// The gradients G of a block of classes' and a chunk of tokens' logits as the products take them, strip by strip of
-// tokens: [strip][class][kCols] for both products or, with bf16, for the weight's gradient, and pairs of classes
-// [strip][class / 2][kCols] for hidden's. Tiles (AMX) take rows that are contiguous along what is summed over,
+// The gradients G of a block of classes' and a block of tokens' logits as the products take them, strip by strip of
+// tokens: [strip][class][kStripCols] for both products or, with bf16, for the weight's gradient, and pairs of classes
+// [strip][class / 2][kStripCols] for hidden's. AmxTiles (AMX) take rows that are contiguous along what is summed over,
 // [class][token] and [token][class].
 template <class T>
 struct LogitGradient {
@@ -110,10 +110,10 @@ struct LogitGradient {
   int64_t strips, classes;
 
   static int64_t row_elements(int64_t strips, int64_t classes) {
-    return classes * (kHasTiles ? tile_stride(strips * kCols) : strips * kCols);
+    return classes * (kHasAmx ? amx_stride(strips * kStripCols) : strips * kStripCols);
   }
   static int64_t other_elements(int64_t strips, int64_t classes) {
-    return !kPairs ? 0 : strips * kCols * (kHasTiles ? tile_stride(classes) : classes);
+    return !kPairs ? 0 : strips * kStripCols * (kHasAmx ? amx_stride(classes) : classes);
   }
 
   // Where the tile of a strip whose first class is `first` belongs in fp32, if it is kept like that.
@@ -121,64 +121,64 @@ struct LogitGradient {
     if constexpr (kPairs)
       return nullptr;
     else
-      return rows + (strip * classes + first) * kCols;
+      return rows + (strip * classes + first) * kStripCols;
   }
 
-  // A tile of gradients, (count, kCols), whose first class is even; `token` is its strip's first one.
+  // A tile of gradients, (count, kStripCols), whose first class is even; `token` is its strip's first one.
   void store(const float* from, int64_t count, int64_t lanes, int64_t strip, int64_t token, int64_t first) const {
-    if constexpr (kPairs && kHasTiles) {
-      store_for_tiles(from, count, lanes, token, first);
+    if constexpr (kPairs && kHasAmx) {
+      store_for_amx(from, count, lanes, token, first);
     } else if constexpr (kPairs) {
-      Element* row = rows + (strip * classes + first) * kCols;
-      float* pair = reinterpret_cast<float*>(others) + (strip * classes + first) / 2 * kCols;
-      for (int64_t r = 0; r < count; r += 2, from += 2 * kCols, row += 2 * kCols, pair += kCols)
+      Element* row = rows + (strip * classes + first) * kStripCols;
+      float* pair = reinterpret_cast<float*>(others) + (strip * classes + first) / 2 * kStripCols;
+      for (int64_t r = 0; r < count; r += 2, from += 2 * kStripCols, row += 2 * kStripCols, pair += kStripCols)
         for (int64_t lane = 0; lane < lanes; lane += kLanes) {
-          const Vec low = load_vec(from + lane), high = r + 1 < count ? load_vec(from + kCols + lane) : Vec{};
-          gpt4v_fast::GPT4V_FAST_ISA::store_row(row + lane, low);
-          if (r + 1 < count) gpt4v_fast::GPT4V_FAST_ISA::store_row(row + kCols + lane, high);
+          const Vec low = load_vec(from + lane), high = r + 1 < count ? load_vec(from + kStripCols + lane) : Vec{};
+          store_operand(row + lane, low);
+          if (r + 1 < count) store_operand(row + kStripCols + lane, high);
           store_vec(pair + lane, pair_of(low, high));
         }
     }
   }
   // Classes from `first` on as rows, and all tokens as depth.
   typename Operands<T>::RowOperand of_classes(int64_t first) const {
-    if constexpr (kPairs && kHasTiles) {
-      const int64_t stride = tile_stride(strips * kCols);
+    if constexpr (kPairs && kHasAmx) {
+      const int64_t stride = amx_stride(strips * kStripCols);
       return {rows + first * stride, stride};
     } else {
-      return {rows + first * kCols, kCols};
+      return {rows + first * kStripCols, kStripCols};
     }
   }
   // The memory of of_tokens.
   const char* of_products(int64_t strip) const {
-    return reinterpret_cast<const char*>((kPairs ? others : rows) + strip * classes * kCols);
+    return reinterpret_cast<const char*>((kPairs ? others : rows) + strip * classes * kStripCols);
   }
   // Tokens of a strip as rows, classes as depth.
   auto of_tokens(int64_t strip, [[maybe_unused]] int64_t token) const {
-    if constexpr (kPairs && kHasTiles) {
-      const int64_t stride = tile_stride(classes);
+    if constexpr (kPairs && kHasAmx) {
+      const int64_t stride = amx_stride(classes);
       return typename Operands<T>::RowOperand{others + token * stride, stride};
     } else {
-      return typename Operands<T>::ColumnOperand{(kPairs ? others : rows) + strip * classes * kCols,
-                                                 (kPairs ? 2 : 1) * kCols};
+      return typename Operands<T>::ColumnOperand{(kPairs ? others : rows) + strip * classes * kStripCols,
+                                                 (kPairs ? 2 : 1) * kStripCols};
     }
   }
 
  private:
   // Squares of 16 tokens and 16 pairs of classes are transposed; zeros stand for classes past the last.
-  void store_for_tiles(const float* from, int64_t count, int64_t lanes, int64_t token, int64_t first) const {
-    const int64_t row_stride = tile_stride(strips * kCols), other_stride = tile_stride(classes);
+  void store_for_amx(const float* from, int64_t count, int64_t lanes, int64_t token, int64_t first) const {
+    const int64_t row_stride = amx_stride(strips * kStripCols), other_stride = amx_stride(classes);
     for (int64_t lane = 0; lane < lanes; lane += kLanes)
       for (int64_t begin = 0; begin < count; begin += 2 * kLanes) {
         Vec square[kLanes];
 #pragma GCC unroll 16
         for (int i = 0; i < kLanes; ++i) {
           const int64_t r = begin + 2 * i;
-          const float* at = from + r * kCols + lane;
-          const Vec low = r < count ? load_vec(at) : Vec{}, high = r + 1 < count ? load_vec(at + kCols) : Vec{};
+          const float* at = from + r * kStripCols + lane;
+          const Vec low = r < count ? load_vec(at) : Vec{}, high = r + 1 < count ? load_vec(at + kStripCols) : Vec{};
           Element* row = rows + (first + r) * row_stride + token + lane;
-          if (r < count) gpt4v_fast::GPT4V_FAST_ISA::store_row(row, low);
-          if (r + 1 < count) gpt4v_fast::GPT4V_FAST_ISA::store_row(row + row_stride, high);
+          if (r < count) store_operand(row, low);
+          if (r + 1 < count) store_operand(row + row_stride, high);
           square[i] = pair_of(low, high);
         }
         exchange<1>(square);

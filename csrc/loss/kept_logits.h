@@ -85,9 +85,9 @@ class KeptLogits {
   }
 
   // The memory that `store` will write.
-  FetchToWrite ahead(int64_t s, int64_t v) const {
+  Memory ahead(int64_t s, int64_t v) const {
     const int64_t bytes = has(s, v) ? tokens.lanes(s) * lane_bytes() : 0;
-    return {bytes > 0 ? cell_at(s, v) : nullptr, 192, bytes / 192, 192};
+    return {bytes > 0 ? cell_at(s, v) : nullptr, 192, 192, bytes / 192};
   }
 
   // Keeps a tile of `rows` classes from v on; largest[c] is the largest logit of each token.
@@ -103,10 +103,10 @@ class KeptLogits {
         store_vec(origins + lane, origin);
         uint16_t* to = reinterpret_cast<uint16_t*>(origins + lanes) + lane;
         for (int64_t r = 0; r < rows; ++r)
-          store_rounded(to + r * lanes, (origin - load_vec(tile + r * kCols + lane)) * (kSteps * kLog2E));
+          store_rounded(to + r * lanes, (origin - load_vec(tile + r * kStripCols + lane)) * (kSteps * kLog2E));
       } else {
         float* to = reinterpret_cast<float*>(cell) + lane;
-        for (int64_t r = 0; r < rows; ++r) store_vec(to + r * lanes, load_vec(tile + r * kCols + lane));
+        for (int64_t r = 0; r < rows; ++r) store_vec(to + r * lanes, load_vec(tile + r * kStripCols + lane));
       }
     }
   }
@@ -114,7 +114,7 @@ class KeptLogits {
   // The memory of a tile, or null where it is not kept.
   const char* memory(int64_t s, int64_t v) const { return s < tokens.count && has(s, v) ? cell_at(s, v) : nullptr; }
 
-  // Calls add(data, bytes) for the pieces of memory that hold the logits of strips [first, last) and tiles [begin,
+  // Calls add(data, bytes) for the memory that hold the logits of strips [first, last) and tiles [begin,
   // end).
   template <class Add>
   void for_memory(int64_t first, int64_t last, int64_t begin, int64_t end, Add add) const {

@@ -1,31 +1,25 @@
 // Backward of linear cross-entropy: each tile of logits, kept (kept_logits.h) or computed again, is turned into its
 // gradient.
 //
-// For a block of classes and a chunk of the counted tokens: the gradient G of their logits, at most 4 MiB, then
+// For a block of classes and a block of the counted tokens: the gradient G of their logits, at most 4 MiB, then
 // grad_weight += G H and grad_hidden += G^T W. A thread makes the rows of G whose grad_weight it computes, and adds up
 // the same features of grad_hidden in every block (team_tasks.h); what others have written of G and W is fetched during
-// the product with H, and what the next block starts with during the one with W. Products of tiles wait for memory
+// the product with H, and what the next block starts with during the one with W. Products of AMX tiles wait for memory
 // themselves: beside the one with H, which then comes last, the next rows of W are fetched. The outer loop is the
 // vocabulary's.
-// Tokens that are a single chunk give grad_weight whole, a tile of it at a time in first-level cache; else fp32 sums of
+// Tokens that are a single block give grad_weight whole, a tile of it at a time in first-level cache; else fp32 sums of
 // it are kept for a block of classes. Those of hidden's are kept for all tokens, or, where a 16-bit gradient of many
 // tokens would need more than kHiddenSumBytes of fp32 sums, for groups of tokens, with another pass over everything for
 // the weight. 6 N V E flops with forward's where all logits were kept, 8 where none were (10 with the second pass).
 #pragma once
 
-#include "loss/linear_cross_entropy.h"
 #include "loss/gradient.h"
 #include "loss/gradient_memory.h"
-#include "loss/stream.h"
+#include "loss/linear_cross_entropy.h"
 #include "product/team_tasks.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
-
-// Which of the parts of tokens whose gradients are added up one after the other a call is.
-struct PartOfTokens {
-  bool is_first = true, is_last = true;
-};
 
 // One backward call: its scratch, and the passes over (vocabulary, tokens).
 template <class T>
@@ -43,7 +37,7 @@ class LinearBackward {
         E(args.hidden.size[1]),
         V(args.weight.size[0]),
         tokens(rows.count),
-        features(E, !kHasTiles),
+        features(E, !kHasAmx),
         kept(KeptLogits<T>::filled(args, tokens)),
         sizes(BackwardSizes<T>::of(rows.count, E, V)),
         thread_floats(copied_weight_floats(args, weight, sizes.tile_rows)),
@@ -58,12 +52,12 @@ class LinearBackward {
         gradient{gradient_rows.get(), gradient_others.get(), sizes.strips, sizes.classes},
         bias_sums(args.grad_bias.defined ? sizes.classes * sizes.strips : 0),
         slopes(sizes.strips),
-        hidden_sums(needs_hidden_sums() ? min_of(sizes.group, tokens.count) * kCols * sum_stride(E) : 0),
+        hidden_sums(needs_hidden_sums() ? min_of(sizes.group, tokens.count) * kStripCols * sum_stride(E) : 0),
         weight_sums(args.grad_weight.defined && needs_weight_sums() ? sizes.classes * E : 0) {}
 
   void run() {
     const bool wants_rows = a.grad_weight.defined || a.grad_bias.defined;
-    if (tokens.count == 0) return clear_rows();
+    if (tokens.count == 0) return clear_rows<T>(a);
     if (needs_hidden_sums() && sizes.group < tokens.count) {
       for (int64_t s = 0; s < tokens.count; s += sizes.group)
         pass(s, min_of(s + sizes.group, tokens.count), true, false);
@@ -75,7 +69,7 @@ class LinearBackward {
 
  private:
   bool needs_hidden_sums() const { return a.grad_hidden.defined && !holds_sums(a.grad_hidden); }
-  // Beside grad_weight: a chunk of tokens must leave the logits alone that it keeps for the next.
+  // Beside grad_weight: a block of tokens must leave the logits alone that it keeps for the next.
   bool needs_weight_sums() const {
     return sizes.strips < tokens.count && (!holds_sums(a.grad_weight) || kept.uses_gradient());
   }
@@ -84,7 +78,7 @@ class LinearBackward {
   void pass(int64_t begin, int64_t end, bool of_hidden, bool of_rows) {
 #pragma omp parallel num_threads(team)
     {
-      [[maybe_unused]] const Tiles tiles;
+      [[maybe_unused]] const AmxTiles tiles;
       TeamTasks::Round round;
       for (int64_t v = 0; v < V; v += sizes.classes) {
         const int64_t rows = min_of(sizes.classes, V - v);
@@ -95,17 +89,16 @@ class LinearBackward {
           gradient_by_team(v, rows, first, last, round);
 #pragma omp barrier
           const int64_t next_v = last < end ? v : v + rows;
-          if (of_rows && !kHasTiles) take_rows_by_team(v, rows, first, last, V, round);
+          if (of_rows && !kHasAmx) take_rows_by_team(v, rows, first, last, V, round);
           if (of_hidden) take_hidden_by_team(v, rows, first, last, begin, next_v, round);
-          if (of_rows && kHasTiles)
-            take_rows_by_team(v, rows, first, last, of_hidden && next_v > v ? next_v : V, round);
+          if (of_rows && kHasAmx) take_rows_by_team(v, rows, first, last, of_hidden && next_v > v ? next_v : V, round);
 #pragma omp barrier  // or a thread that is ahead would overwrite what another still multiplies
         }
       }
       if (of_hidden && needs_hidden_sums()) {
 #pragma omp for schedule(static)
         for (int64_t n = tokens.begin(begin); n < min_of(tokens.size, tokens.begin(end)); ++n)
-          store_row(hidden_row(n, begin), E, row_of<T>(a.grad_hidden, counted.rows[n]), a.grad_hidden.stride[1]);
+          store_elements(hidden_row(n, begin), E, row_of<T>(a.grad_hidden, counted.rows[n]), a.grad_hidden.stride[1]);
       }
     }
   }
@@ -113,10 +106,10 @@ class LinearBackward {
   // The gradients of the logits of classes [v, v + rows) and the strips [first, last) of tokens; and their sums over
   // each strip.
   void gradient_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, TeamTasks::Round& round) {
-    // Tokens that are a single chunk are packed once for the whole vocabulary.
+    // Tokens that are a single block are packed once for the whole vocabulary.
     if (v == 0 || sizes.strips < tokens.count) {
-      pack_tokens_by_team(hidden, tokens, first, last, E, token_lanes.get(),
-                          [&](int64_t s) { return !kept.has_all(s); });
+      pack_lanes_by_team(hidden, tokens, first, last, E, token_lanes.get(),
+                         [&](int64_t s) { return !kept.has_all(s); });
       const int64_t n = tokens.begin(first), end = tokens.begin(last);
       if (a.grad_weight.defined)
         pack_columns_by_team(hidden, n, min_of(tokens.size, end) - n, end - n, features, sizes.token_column_floats(),
@@ -134,7 +127,7 @@ class LinearBackward {
       const int64_t end = min_of(last, begin + kTaskStrips);
       tile_weight.load(classes, v + row, count, !kept.has_all_of(begin, end, v + row));
       for (int64_t s = begin; s < end; ++s) {
-        alignas(64) float own[kTileRows * kCols];
+        alignas(64) float own[kTileRows * kStripCols];
         float* tile = LogitGradient<T>::kPairs ? own : gradient.tile(s - first, row);
         const int64_t lanes = tokens.lanes(s);
         const char* ahead = s + 1 < last ? kept.memory(s + 1, v + row) : kept.memory(first, v + row + count);
@@ -145,7 +138,7 @@ class LinearBackward {
           NoWork nothing;
           const float* strip = token_lanes.get() + (s - first) * strip_size<T>(E);
           tile_weight.logits(strip, lanes, E, tile, nothing, s + 1 < end ? strip + strip_size<T>(E) : nullptr);
-          gradients.of_logits(tile, kCols, tile);
+          gradients.of_logits(tile, kStripCols, tile);
         } else if (kept.is_short()) {
           gradients.of_steps(kept.origins(s, v + row), kept.steps(s, v + row), 1.0f / KeptLogits<T>::kSteps,
                              kept.label_logits(s), tile);
@@ -155,7 +148,7 @@ class LinearBackward {
         gradient.store(tile, count, lanes, s - first, tokens.begin(s) - tokens.begin(first), row);
         for (int64_t r = 0; a.grad_bias.defined && r < count; ++r) {
           Vec sum = {};
-          for (int64_t lane = 0; lane < lanes; lane += kLanes) sum += load_vec(tile + r * kCols + lane);
+          for (int64_t lane = 0; lane < lanes; lane += kLanes) sum += load_vec(tile + r * kStripCols + lane);
           bias_sums[(row + r) * sizes.strips + s - first] = sum_of(sum);
         }
       }
@@ -168,72 +161,68 @@ class LinearBackward {
                            TeamTasks::Round& round) {
     const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
     const int64_t depth = Operands<T>::depth(rows);
-    Piece pieces[kPieces];
-    // Nothing is fetched beside these products of tiles, which wait for memory most (docs/tuning.md).
-    FetchPieces<4> next{pieces, kHasTiles ? 0 : next_block(next_v, next_v > v ? group : last, next_v > v, pieces)};
+    Memory list[kMostAsked];
+    // Nothing is fetched beside products of AMX tiles, which wait for memory most (docs/tuning.md).
+    PrefetchList<2, 4> next(list);
+    if (!kHasAmx) ask_for_block(next_v, next_v > v ? group : last, next_v > v, next);
     tasks.run(round, groups * columns, [&](int64_t task) {
       const int64_t begin = first + task % groups * kTaskStrips, feature = task / groups * kTaskStrips;
       const int64_t end = min_of(last, begin + kTaskStrips);
       for (int64_t f = feature; f < min_of(feature + kTaskStrips, features.count); ++f) {
-        if constexpr (kHasTiles) take_hidden_rows(v, first, begin, end, group, f, depth);
-        for (int64_t s = begin; !kHasTiles && s < end; ++s) {
-          alignas(64) float tile[kCols * kCols];
+        if constexpr (kHasAmx) take_hidden_rows(v, first, begin, end, group, f, depth);
+        for (int64_t s = begin; !kHasAmx && s < end; ++s) {
+          alignas(64) float tile[kStripCols * kStripCols];
           const int64_t n = tokens.begin(s), count = tokens.used(s), e = features.begin(f);
-          Both<FetchToWrite, FetchPieces<4>> ahead{
-              {hidden_row(n, group) + e, hidden_stride(), count, features.used(f) * int64_t{sizeof(float)}}, next};
+          Then<PrefetchToWrite, PrefetchList<2, 4>> ahead{
+              PrefetchToWrite({reinterpret_cast<const char*>(hidden_row(n, group) + e),
+                               features.used(f) * int64_t{sizeof(float)}, hidden_stride(), count}),
+              next};
           const float* strip = weight_columns.get() + f * sizes.weight_column_floats();
           multiply_strip(gradient.of_tokens(s - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes,
-                         strip, depth, tile, kCols, ahead,
+                         strip, depth, tile, kStripCols, ahead,
                          s + 1 == end && f + 1 < features.count ? strip + sizes.weight_column_floats() : strip);
           next = ahead.second;
           for (int64_t i = 0; i < count; ++i)
-            add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
+            add_row(tile + i * kStripCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
         }
       }
     });
   }
 
-  // The same of strips [begin, end), of whose chunk `first` is the first, and a strip of features, where there are
+  // The same of strips [begin, end), of whose block `first` is the first, and a strip of features, where there are
   // tiles: one product, added to sums that are whole vectors where they stand.
   void take_hidden_rows(int64_t v, int64_t first, int64_t begin, int64_t end, int64_t group, int64_t f,
                         int64_t depth) const {
-    alignas(64) float tile[kTaskStrips * kCols * kCols];
+    alignas(64) float tile[kTaskStrips * kStripCols * kStripCols];
     const int64_t n = tokens.begin(begin), count = min_of(tokens.size, tokens.begin(end)) - n, e = features.begin(f);
     const bool stays = needs_hidden_sums() && E % kLanes == 0;
     float* const to = stays ? hidden_row(n, group) + e : tile;
-    tile_product(gradient.of_tokens(begin - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes, depth,
-                 weight_columns.get() + f * sizes.weight_column_floats(), kCols, to, stays ? sum_stride(E) : kCols,
-                 stays && v > 0);
+    amx_product(gradient.of_tokens(begin - first, n - tokens.begin(first)), count, features.lanes(f) / kLanes, depth,
+                weight_columns.get() + f * sizes.weight_column_floats(), kStripCols, to,
+                stays ? sum_stride(E) : kStripCols, stays && v > 0);
     for (int64_t i = 0; !stays && i < count; ++i)
-      add_row(tile + i * kCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
+      add_row(tile + i * kStripCols, features.used(f), v > 0, hidden_row(n + i, group) + e);
   }
 
-  // This thread's share of the weight's rows in the block of classes from v on, as far as they are one piece of memory.
-  Fetch weight_of_block(int64_t v) const {
+  // This thread's share of the weight's rows in the block of classes from v on, as far as they are contiguous.
+  Memory weight_of_block(int64_t v) const {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), rows = min_of(sizes.classes, V - v);
     if (rows <= 0 || weight.col_stride != 1 || weight.row_stride != E) return {};
     const int64_t begin = rows * me / threads, end = rows * (me + 1) / threads;
-    return {reinterpret_cast<const char*>(weight.row(v + begin)), 128, (end - begin) * E * int64_t{sizeof(T)} / 128};
+    return Memory::of(weight.row(v + begin), (end - begin) * E * int64_t{sizeof(T)});
   }
 
-  // What this thread reads first of the block of classes from v on and the chunk of tokens from strip `first` on: kept
-  // logits, and rows of the weight if they are new. Returns how many pieces.
-  int64_t next_block(int64_t v, int64_t first, bool new_rows, Piece* pieces) const {
+  // What this thread reads first of the block of classes from v on and the block of tokens from strip `first` on: kept
+  // logits, and rows of the weight if they are new.
+  template <class List>
+  void ask_for_block(int64_t v, int64_t first, bool new_rows, List& list) const {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num(), rows = min_of(sizes.classes, V - v);
-    if (rows <= 0) return 0;
-    int64_t count = 0;
-    const auto add = [&](const void* data, int64_t bytes) {
-      const char* begin = static_cast<const char*>(data);
-      if (bytes > 0 && count < kPieces) pieces[count++] = {begin, begin + bytes};
-    };
+    if (rows <= 0) return;
     const int64_t tiles = ceil_div(rows, sizes.tile_rows);
     kept.for_memory(first, min_of(tokens.count, first + sizes.strips), v / sizes.tile_rows + tiles * me / threads,
-                    v / sizes.tile_rows + tiles * (me + 1) / threads, add);
-    if (new_rows) {
-      const Fetch own = weight_of_block(v);
-      add(own.next, own.rows * own.stride);
-    }
-    return count;
+                    v / sizes.tile_rows + tiles * (me + 1) / threads,
+                    [&](const void* data, int64_t bytes) { list.add(Memory::of(data, bytes)); });
+    if (new_rows) list.add(weight_of_block(v));
   }
 
   // The fp32 sums of counted token n, in a group that starts with strip `group`.
@@ -247,18 +236,8 @@ class LinearBackward {
     return (needs_hidden_sums() ? sum_stride(E) : a.grad_hidden.stride[0]) * static_cast<int64_t>(sizeof(float));
   }
 
-  // Where no token counts.
-  void clear_rows() const {
-    const Buffer<float> nothing(max_of(E, 1));
-    std::memset(nothing.get(), 0, max_of(E, 1) * sizeof(float));
-    for (int64_t v = 0; v < V; ++v) {
-      if (a.grad_bias.defined) at<float>(a.grad_bias, v) = 0.0f;
-      if (a.grad_weight.defined) store_row(nothing.get(), E, row_of<T>(a.grad_weight, v), a.grad_weight.stride[1]);
-    }
-  }
-
   // The gradients of weight and bias, or their sums so far, for a block of classes from the strips [first, last).
-  // Tiles: rows of the weight from class `next_v` on are packed next.
+  // AmxTiles: rows of the weight from class `next_v` on are packed next.
   void take_rows_by_team(int64_t v, int64_t rows, int64_t first, int64_t last, int64_t next_v,
                          TeamTasks::Round& round) {
     if (a.grad_bias.defined) {
@@ -274,29 +253,32 @@ class LinearBackward {
     const int64_t tiles = ceil_div(rows, kTileRows), columns = ceil_div(features.count, kTaskStrips);
     const bool is_final = part.is_last && (last == tokens.count || !needs_weight_sums());
     const bool is_streamed = is_final && StreamedRows::serves(a.grad_weight);
-    Piece pieces[kPieces];
-    FetchPieces<1> others{pieces, kHasTiles ? 0 : others_memory(rows, last - first, pieces)};
+    Memory list[kMostAsked];
+    PrefetchList<2, 1> others(list);
+    if (!kHasAmx) ask_for_others(rows, last - first, others);
     const int64_t depth = (tokens.begin(last) - tokens.begin(first)) / kPerStep;
-    [[maybe_unused]] FetchLines next(weight_of_block(next_v),
-                                     features.count * tile_steps(rows, depth) / omp_get_num_threads());
+    [[maybe_unused]] PrefetchEvenly next(weight_of_block(next_v),
+                                         features.count * amx_steps(rows, depth) / omp_get_num_threads());
     tasks.run(round, tiles * columns, [&](int64_t task) {
       const int64_t row = task / columns * kTileRows, count = min_of(kTileRows, rows - row);
       const int64_t feature = task % columns * kTaskStrips, end = min_of(feature + kTaskStrips, features.count);
       StreamedRows streamed;
       for (int64_t f = feature; f < end; ++f) {
-        alignas(64) float tile[kTileRows * kCols];
-        Both<FetchToWrite, Both<FetchToWrite, FetchPieces<1>>> ahead{weight_rows_ahead(v, row, count, f, last),
-                                                                     {halves_ahead(v, row, count, f), others}};
+        alignas(64) float tile[kTileRows * kStripCols];
+        Then<PrefetchToWrite, Then<PrefetchToWrite, PrefetchList<2, 1>>> ahead{
+            PrefetchToWrite(weight_rows_ahead(v, row, count, f, last)),
+            {PrefetchToWrite(halves_ahead(v, row, count, f)), others}};
         const float* columns = token_columns.get() + f * sizes.token_column_floats();
         const int64_t vectors = features.lanes(f) / kLanes;
-        if constexpr (kHasTiles) {
-          multiply_strip(gradient.of_classes(row), count, vectors, columns, depth, tile, kCols, next);
+        if constexpr (kHasAmx) {
+          multiply_strip(gradient.of_classes(row), count, vectors, columns, depth, tile, kStripCols, next);
         } else {
           multiply_tokens(tokens, first, last, kPerStep, count, vectors, gradient.of_classes(row),
-                          sizes.classes * kCols, columns, tile, ahead);
+                          sizes.classes * kStripCols, columns, tile, ahead);
         }
         others = ahead.second.second;
-        for (int64_t r = 0; r < count; ++r) take_weight_row(v, row + r, f, first, last, tile + r * kCols, !is_streamed);
+        for (int64_t r = 0; r < count; ++r)
+          take_weight_row(v, row + r, f, first, last, tile + r * kStripCols, !is_streamed);
         if (is_streamed)
           streamed.put(tile, count, features.used(f), f + 1 == end,
                        row_of<T>(a.grad_weight, v + row) + features.begin(f), a.grad_weight.stride[0]);
@@ -306,41 +288,37 @@ class LinearBackward {
   }
 
   // What this thread's products for grad_hidden will read and others have written: gradients of logits, and packed rows
-  // of the weight. Returns how many pieces.
-  int64_t others_memory(int64_t rows, int64_t strips, Piece* pieces) const {
+  // of the weight.
+  template <class List>
+  void ask_for_others(int64_t rows, int64_t strips, List& list) const {
     const int64_t threads = omp_get_num_threads(), me = omp_get_thread_num();
     const int64_t groups = ceil_div(strips, kTaskStrips), products = groups * ceil_div(features.count, kTaskStrips);
     const int64_t begin = products * me / threads, end = products * (me + 1) / threads;
-    if (!a.grad_hidden.defined || threads == 1 || begin == end) return 0;
-    int64_t count = 0;
-    const auto add = [&](const char* data, int64_t from, int64_t to) {
-      if (from < to && count < kPieces) pieces[count++] = {data + from, data + to};
-    };
+    if (!a.grad_hidden.defined || threads == 1 || begin == end) return;
     // Without the part of the depth, rows of the weight, that this thread has written.
     const auto add_strip = [&](const char* data, int64_t bytes) {
       const int64_t depth = Operands<T>::depth(rows);
-      add(data, 0, depth * me / threads * bytes);
-      add(data, depth * (me + 1) / threads * bytes, depth * bytes);
+      const int64_t own = depth * me / threads * bytes, after = depth * (me + 1) / threads * bytes;
+      list.add(Memory::of(data, own));
+      list.add(Memory::of(data + after, depth * bytes - after));
     };
-    constexpr int64_t kBytes = kCols * sizeof(float);
+    constexpr int64_t kBytes = kStripCols * sizeof(float);
     for (int64_t f = begin / groups * kTaskStrips; f < min_of(features.count, ceil_div(end, groups) * kTaskStrips); ++f)
       add_strip(reinterpret_cast<const char*>(weight_columns.get() + f * sizes.weight_column_floats()), kBytes);
     for (int64_t i = 0; i < min_of(strips, (end - begin) * kTaskStrips); ++i)
       add_strip(gradient.of_products((begin % groups * kTaskStrips + i) % strips), kBytes);
-    return count;
   }
 
   // What take_weight_row is about to write.
-  FetchToWrite weight_rows_ahead(int64_t v, int64_t row, int64_t count, int64_t f, int64_t last) const {
+  Memory weight_rows_ahead(int64_t v, int64_t row, int64_t count, int64_t f, int64_t last) const {
     const int64_t e = features.begin(f), used = features.used(f), stride = a.grad_weight.stride[0];
     if (needs_weight_sums() && last < tokens.count)
-      return {weight_sums.get() + row * E + e, E * int64_t{sizeof(float)}, count, used * int64_t{sizeof(float)}};
-    if (a.grad_weight.stride[1] != 1) return {nullptr, 0, 0, 1};
-    return {row_of<T>(a.grad_weight, v + row) + e, stride * int64_t{sizeof(T)}, count, used * int64_t{sizeof(T)}};
+      return memory_of(Rows<float>{weight_sums.get() + row * E + e, E, 1}, count, used);
+    return memory_of(Rows<T>{row_of<T>(a.grad_weight, v + row) + e, stride, a.grad_weight.stride[1]}, count, used);
   }
-  FetchToWrite halves_ahead(int64_t v, int64_t row, int64_t count, int64_t f) const {
-    if (a.weight_sum_halves == nullptr) return {nullptr, 0, 0, 1};
-    return {halves_of(v + row, features.begin(f)).low, E * 2, count, features.used(f) * 2};
+  Memory halves_ahead(int64_t v, int64_t row, int64_t count, int64_t f) const {
+    if (a.weight_sum_halves == nullptr) return {};
+    return memory_of(Rows<uint16_t>{halves_of(v + row, features.begin(f)).low, E, 1}, count, features.used(f));
   }
 
   Halves halves_of(int64_t row, int64_t e) const {
@@ -360,10 +338,11 @@ class LinearBackward {
     if (!part.is_first) halves_of(v + row, e).add_to(from, used);
     if (!part.is_last) return halves_of(v + row, e).store(from, used);
     if (!stores_whole) return;
-    store_row(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1], a.grad_weight.stride[1]);
+    store_elements(from, used, row_of<T>(a.grad_weight, v + row) + e * a.grad_weight.stride[1],
+                   a.grad_weight.stride[1]);
   }
 
-  static constexpr int64_t kPieces = 4 * kMaxBackwardStrips;
+  static constexpr int64_t kMostAsked = 4 * kMaxBackwardStrips;
   static constexpr int64_t kPerStep = Operands<T>::kPairs ? 2 : 1;  // tokens
 
   const LinearCrossEntropyArgs& a;
@@ -405,7 +384,7 @@ static void linear_backward(const LinearCrossEntropyArgs& a, int threads, PartOf
 
 static void linear_cross_entropy_backward(const LinearCrossEntropyArgs& a, int threads) {
   loss::get_gradients(a, threads);
-  with_float(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
+  with_operands(a.hidden.dtype, [&](auto zero) { loss::linear_backward<decltype(zero)>(a, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

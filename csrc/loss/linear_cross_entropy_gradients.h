@@ -115,8 +115,8 @@ static void linear_gradients(LinearCrossEntropyArgs a, float nll_slope, float ls
 
 static void linear_cross_entropy_gradients(const LinearCrossEntropyArgs& a, float nll_slope, float lse_slope,
                                            int64_t room, int threads) {
-  with_float(a.hidden.dtype,
-             [&](auto zero) { loss::linear_gradients<decltype(zero)>(a, nll_slope, lse_slope, room, threads); });
+  with_operands(a.hidden.dtype,
+                [&](auto zero) { loss::linear_gradients<decltype(zero)>(a, nll_slope, lse_slope, room, threads); });
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

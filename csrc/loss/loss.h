@@ -17,7 +17,6 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 
-constexpr float kInfinity = __builtin_inff();
 constexpr float kNaN = __builtin_nanf("");
 
 // softcap * tanh(x / softcap); none where softcap is 0.

@@ -1,7 +1,7 @@
 // The running statistics of loss/loss.h for a strip of tokens, token by lane, from tiles of logits [class][token].
 #pragma once
 
-#include "loss/tiles.h"
+#include "loss/sizes.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 
@@ -15,26 +15,16 @@ static inline Vec rescale(Vec largest_z, Vec old_origin, Vec new_origin) {
   return largest_z == -kInfinity ? broadcast(1.0f) : factor;
 }
 
-static inline bool any(VecInt mask) {
-  int32_t bits = 0;
-#ifdef __AVX512F__
-  bits = _mm512_movepi32_mask((__m512i)mask);
-#else
-  for (int i = 0; i < kLanes; ++i) bits |= mask[i];
-#endif
-  return bits != 0;
-}
-
 struct alignas(64) Lanes {
-  float best[kCols];    // largest x (not z: tanh makes large logits equal)
-  float top[kCols];     // its z
-  float origin[kCols];  // origin_of(top)
-  int64_t argmax[kCols];
-  double sum[kCols], deviation[kCols];
-  float largest_of_tile[kCols];  // the largest x of what was taken in last
+  float best[kStripCols];    // largest x (not z: tanh makes large logits equal)
+  float top[kStripCols];     // its z
+  float origin[kStripCols];  // origin_of(top)
+  int64_t argmax[kStripCols];
+  double sum[kStripCols], deviation[kStripCols];
+  float largest_of_tile[kStripCols];  // the largest x of what was taken in last
 
   void clear() {
-    for (int c = 0; c < kCols; ++c) {
+    for (int c = 0; c < kStripCols; ++c) {
       best[c] = top[c] = -kInfinity, origin[c] = 0.0f, argmax[c] = 0;
       sum[c] = 0.0, deviation[c] = 0.0;
     }
@@ -51,7 +41,7 @@ struct alignas(64) Lanes {
       store_vec(best + lane, max(largest, before));
       store_vec(largest_of_tile + lane, largest);
       if (cap.active())
-        for (int64_t r = 0; r < rows; ++r) store_vec(x + r * kCols, capped(load_vec(x + r * kCols), cap));
+        for (int64_t r = 0; r < rows; ++r) store_vec(x + r * kStripCols, capped(load_vec(x + r * kStripCols), cap));
       const Vec tile_top = cap.active() ? capped(largest, cap) : largest, tile_origin = origin_of(tile_top);
       const Vec old_top = load_vec(top + lane), old_origin = load_vec(origin + lane);
       const Vec new_top = max(tile_top, old_top), new_origin = origin_of(new_top);
@@ -81,8 +71,8 @@ struct alignas(64) Lanes {
     int64_t r = 0;
     for (; r + kChains <= rows; r += kChains)
 #pragma GCC unroll 4
-      for (int i = 0; i < kChains; ++i) largest[i] = max(load_vec(x + (r + i) * kCols), largest[i]);
-    for (; r < rows; ++r) largest[0] = max(load_vec(x + r * kCols), largest[0]);
+      for (int i = 0; i < kChains; ++i) largest[i] = max(load_vec(x + (r + i) * kStripCols), largest[i]);
+    for (; r < rows; ++r) largest[0] = max(load_vec(x + r * kStripCols), largest[0]);
     return max(max(largest[0], largest[1]), max(largest[2], largest[3]));
   }
 
@@ -91,8 +81,8 @@ struct alignas(64) Lanes {
     int64_t r = 0;
     for (; r + kChains <= rows; r += kChains)
 #pragma GCC unroll 4
-      for (int i = 0; i < kChains; ++i) sum[i] += exp2((load_vec(z + (r + i) * kCols) - origin) * kLog2E);
-    for (; r < rows; ++r) sum[0] += exp2((load_vec(z + r * kCols) - origin) * kLog2E);
+      for (int i = 0; i < kChains; ++i) sum[i] += exp2((load_vec(z + (r + i) * kStripCols) - origin) * kLog2E);
+    for (; r < rows; ++r) sum[0] += exp2((load_vec(z + r * kStripCols) - origin) * kLog2E);
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
 
@@ -100,7 +90,7 @@ struct alignas(64) Lanes {
   void find(const float* x, int64_t first, int64_t rows, int64_t lane, Vec largest) {
     VecInt row = {};
     for (int32_t r = static_cast<int32_t>(rows) - 1; r >= 0; --r)
-      row = load_vec(x + r * kCols) == largest ? broadcast(r) : row;
+      row = load_vec(x + r * kStripCols) == largest ? broadcast(r) : row;
     for (int i = 0; i < kLanes; ++i) argmax[lane + i] = largest[i] > best[lane + i] ? first + row[i] : argmax[lane + i];
   }
 
@@ -115,7 +105,7 @@ struct alignas(64) Lanes {
                      Vec old_origin, Vec new_origin) {
     alignas(64) float shift[kLanes], before[kLanes], now[kLanes];
     Vec all = {};
-    for (int64_t r = 0; r < rows; ++r) all += class_weight[r] * (load_vec(z + r * kCols) - new_origin);
+    for (int64_t r = 0; r < rows; ++r) all += class_weight[r] * (load_vec(z + r * kStripCols) - new_origin);
     store_vec(shift, all), store_vec(before, old_origin), store_vec(now, new_origin);
     for (int i = 0; i < kLanes; ++i)
       deviation[lane + i] += weight_before * (static_cast<double>(before[i]) - now[i]) + shift[i];

@@ -6,7 +6,8 @@
 #include <omp.h>
 
 #include "dispatch.h"
-#include "simd/tiles.h"
+#include "simd/amx.h"
+#include "simd/pairs.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
@@ -67,30 +68,28 @@ static inline double fma_block() {
 // A product of tiles is 16 x 16 sums of 32 terms. Six independent sums, of which each waits for itself 52 cycles: a
 // product takes the unit 16. The tiles are zeros.
 static inline double dot_bf16_block() {
-  const Tiles tiles;
+  const AmxTiles tiles;
   for (int step = 0; step < kSteps; ++step) {
-    multiply_add_tiles<0, 6, 7>();
-    multiply_add_tiles<1, 6, 7>();
-    multiply_add_tiles<2, 6, 7>();
-    multiply_add_tiles<3, 6, 7>();
-    multiply_add_tiles<4, 6, 7>();
-    multiply_add_tiles<5, 6, 7>();
+    multiply_add_amx_tiles<0, 6, 7>();
+    multiply_add_amx_tiles<1, 6, 7>();
+    multiply_add_amx_tiles<2, 6, 7>();
+    multiply_add_amx_tiles<3, 6, 7>();
+    multiply_add_amx_tiles<4, 6, 7>();
+    multiply_add_amx_tiles<5, 6, 7>();
   }
-  return 2.0 * kTileSide * kTileSide * 2 * kTileSide * 6 * kSteps;
+  return 2.0 * kAmxSide * kAmxSide * 2 * kAmxSide * 6 * kSteps;
 }
 #elif defined(__AVX512BF16__)
 // 4 flops per lane and step: two products and two sums.
 static inline double dot_bf16_block() {
-  const __m512bh one = (__m512bh)_mm512_set1_epi32(0x3f803f80);
-  __m512 sum[kSums];
-  for (int i = 0; i < kSums; ++i) sum[i] = _mm512_setzero_ps();
+  const bfloat16 ones[2] = {{0x3f80}, {0x3f80}};
+  const Vec one = broadcast_pair(ones);
+  Vec sum[kSums] = {};
   for (int step = 0; step < kSteps; ++step) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kSums; ++i) sum[i] = _mm512_dpbf16_ps(sum[i], one, one);
+    for (int i = 0; i < kSums; ++i) sum[i] = mul_add_pairs(one, one, sum[i]);
   }
-  Vec kept[kSums];
-  for (int i = 0; i < kSums; ++i) kept[i] = sum[i];
-  keep(kept, kSums);
+  keep(sum, kSums);
   return 4.0 * kLanes * kSums * kSteps;
 }
 #endif
@@ -123,7 +122,7 @@ static double peak_dot_bf16(int threads, double seconds) {
 #endif
 }
 
-// GB/s of reading `count` floats in order, each thread its own stretch of them over and over. The caller
+// GB/s of reading `count` floats in order, each thread its own part of them over and over. The caller
 // makes them more than the caches hold, and at least kPeakReadFloats for each thread.
 [[maybe_unused]] static double peak_read(const float* data, int64_t count, int threads, double seconds) {
   return 1e-9 * peak::rate(threads, seconds, [=](int thread, int team, int64_t turn) {

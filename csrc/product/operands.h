@@ -1,16 +1,54 @@
-// What the element type means for products of tiles (tile.h): how rows and columns of a tensor become operands.
+// The operands of a product (register_tile.h), and what the element type means for them: how rows and columns of a
+// tensor become operands.
 #pragma once
 
-#include "product/tile.h"
-#include "simd/tiles.h"
+#include "product/packing.h"
+#include "simd/amx.h"
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
+
+// A matrix operand whose elements are broadcast one by one, contiguous along the depth of the product or along its
+// rows: element (r, d) is data[r * stride + d] or data[r + d * stride].
+enum class Along { kDepth, kRows };
+
+template <Along kAlong>
+struct Broadcast {
+  static constexpr Along kPackedAlong = kAlong;
+  const float* data;
+  int64_t stride;
+
+  Broadcast rows_from(int64_t r) const { return {data + (kAlong == Along::kDepth ? r * stride : r), stride}; }
+  Broadcast depth_from(int64_t d) const { return {data + (kAlong == Along::kDepth ? d : d * stride), stride}; }
+  Vec at(int64_t r, int64_t d) const {
+    return broadcast(kAlong == Along::kDepth ? data[r * stride + d] : data[r + d * stride]);
+  }
+  static Vec multiply_add(Vec row, Vec column, Vec sum) { return mul_add(row, column, sum); }
+};
+
+#ifdef __AVX512BF16__
+// The same of bf16 elements taken two at a time, r or d counting pairs in the contiguous direction and stride elements.
+// The other operand then holds a pair in each lane, and one instruction does twice the work of an fp32 multiply-add.
+template <Along kAlong>
+struct BroadcastPairs {
+  static constexpr Along kPackedAlong = kAlong;
+  const bfloat16* data;
+  int64_t stride;
+
+  BroadcastPairs rows_from(int64_t r) const { return {data + (kAlong == Along::kDepth ? r * stride : 2 * r), stride}; }
+  BroadcastPairs depth_from(int64_t d) const { return {data + (kAlong == Along::kDepth ? 2 * d : d * stride), stride}; }
+  Vec at(int64_t r, int64_t d) const {
+    return broadcast_pair(data + (kAlong == Along::kDepth ? r * stride + 2 * d : 2 * r + d * stride));
+  }
+  static Vec multiply_add(Vec row, Vec column, Vec sum) { return mul_add_pairs(row, column, sum); }
+};
+
+#endif
 
 // Everything is fp32 here; other types are widened when they are copied.
 template <class T>
 struct Operands {
   static constexpr bool kPairs = false;
-  using Element = float;  // of a tile that is broadcast
+  using Element = float;  // of what is broadcast
   using RowOperand = Broadcast<Along::kDepth>;
   using ColumnOperand = Broadcast<Along::kRows>;
 
@@ -38,7 +76,7 @@ struct Operands<bfloat16> {
   static constexpr bool kPairs = true;
   using Element = bfloat16;
   using RowOperand = BroadcastPairs<Along::kDepth>;
-  using ColumnOperand = BroadcastPairs<kHasTiles ? Along::kDepth : Along::kRows>;
+  using ColumnOperand = BroadcastPairs<kHasAmx ? Along::kDepth : Along::kRows>;
 
   static int64_t depth(int64_t count) { return (count + 1) / 2; }
 
@@ -69,10 +107,10 @@ struct Operands<bfloat16> {
       for (; d < width; ++d) pairs[d] = 0;
     }
   }
-  // Tiles take the columns as rows, [cols][n]: pairs of rows in squares of 16 that are transposed. `scratch` holds
+  // AMX tiles take the columns as rows, [cols][n]: pairs of rows in squares of 16 that are transposed. `scratch` holds
   // width (n / 2) floats, n rounded up to pairs of 16.
   static ColumnOperand columns_of(Rows<const bfloat16> from, int64_t n, int64_t cols, float* scratch, int64_t width) {
-    if constexpr (kHasTiles) {
+    if constexpr (kHasAmx) {
       const int64_t pairs = round_up(depth(n), kLanes);
       alignas(64) uint32_t block[kLanes * kLanes];
       for (int64_t c = 0; c < n; c += 2 * kLanes)

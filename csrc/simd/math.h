@@ -11,6 +11,8 @@
 
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
+constexpr float kInfinity = __builtin_inff();
+
 // 1.5 * 2^23: a float of magnitude below 2^22 that is added to it is rounded to an integer, which stands in
 // the low bits.
 constexpr float kRoundingShift = 12582912.0f;

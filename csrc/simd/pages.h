@@ -64,7 +64,7 @@ static inline GotPages get_pages(int64_t first, int64_t count, int threads) {
 }
 
 // Gets large pages under [data, data + bytes), all of which will be written, unless they came slowly in the calls
-// before. They come slowly where free memory lies in pieces and has to be moved, and on a virtual machine whose host
+// before. They come slowly where free memory is scattered and has to be moved, and on a virtual machine whose host
 // takes free memory back: there 2 MiB took 5 to 12 ms, of small pages, which do not go so soon, 1 (docs/tuning.md).
 // What one call has waited for is often there for the next: it takes two slow calls in a row, or more of them among
 // quick ones, before 16 calls do without, then 32, up to 128. These get small pages, many at a time: two thirds to a

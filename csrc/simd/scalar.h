@@ -15,16 +15,22 @@ struct float16 {
   uint16_t bits;
 };
 
-// Calls f with a value of the C++ type that stands for a float dtype. An ISA with tiles is asked for bf16 alone
-// (isa/amx_bf16.cpp), and has no code for others.
+// Calls f with a value of the C++ type that stands for a float dtype.
 template <class F>
-static void with_float([[maybe_unused]] DType dtype, F f) {
-#ifdef __AMX_BF16__
-  f(bfloat16{});
-#else
+static void with_float(DType dtype, F f) {
   if (dtype == DType::kBFloat16) return f(bfloat16{});
   if (dtype == DType::kFloat16) return f(float16{});
   f(float{});
+}
+
+// The same for the dtype that a kernel multiplies. An ISA with AMX is asked for bf16 alone (isa/amx_bf16.cpp), and has
+// no code for others.
+template <class F>
+static void with_operands([[maybe_unused]] DType dtype, F f) {
+#ifdef __AMX_BF16__
+  f(bfloat16{});
+#else
+  with_float(dtype, f);
 #endif
 }
 

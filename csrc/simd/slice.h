@@ -13,12 +13,6 @@ struct Slice {
   Vec low, high;
 };
 
-static inline VecInt lane_numbers() {
-  VecInt lanes;
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
-  return lanes;
-}
-
 // A register of 16-bit elements: a slice of them.
 template <class Half>
 static inline VecInt load_halves(const Half* data) {
@@ -124,35 +118,5 @@ struct Dot<bfloat16> {
   static Vec multiply_add(Part a, Part b, Vec sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 };
 #endif
-
-// One step of the tree below: lanes l with bit kStep unset hold a[l] + a[l ^ kStep], the others the same of b.
-template <int kStep>
-__attribute__((always_inline)) static inline Vec add_across(Vec a, Vec b) {
-  const VecInt lanes = lane_numbers();
-  const VecInt own = lanes + (lanes & kStep) * (kLanes / kStep);
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ kStep);
-}
-
-template <int kStep>
-__attribute__((always_inline)) static inline Vec sums_of(const Vec* x) {
-  if constexpr (kStep == 1)
-    return add_across<1>(x[0], x[1]);
-  else
-    return add_across<kStep>(sums_of<kStep / 2>(x), sums_of<kStep / 2>(x + kStep));
-}
-
-// Lane l is the sum of the lanes of x[l], for kLanes vectors: kLanes - 1 additions instead of kLanes log2(kLanes).
-__attribute__((always_inline)) static inline Vec sums_of(const Vec* x) { return sums_of<kLanes / 2>(x); }
-
-// The largest lane; a NaN never wins.
-static inline float largest_of(Vec x) {
-  const VecInt lanes = lane_numbers();
-#pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    const Vec other = __builtin_shuffle(x, lanes ^ step);
-    x = other > x ? other : x;
-  }
-  return x[0];
-}
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -9,6 +9,10 @@
 
 #include "simd/scalar.h"
 
+// A register tile lives in registers only where all of it is inlined.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 
 #if defined(__AVX512F__)
@@ -75,6 +79,39 @@ static inline Vec load_wide(const float16* data) {
 #endif
 }
 
+static inline Vec load_wide(const uint8_t* data) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(data))));
+#else
+  return Vec{to_float(data[0]), to_float(data[1]), to_float(data[2]), to_float(data[3])};
+#endif
+}
+
+// The first `count` <= kLanes of them, zeros behind; nothing behind is read.
+template <class T>
+static inline Vec load_first(const T* data, int count) {
+  if (count == kLanes) return load_wide(data);
+#if defined(__AVX512F__)
+  const __mmask16 used = static_cast<__mmask16>((1u << count) - 1u);
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return _mm512_maskz_loadu_ps(used, data);
+  } else {
+    T whole[kLanes] = {};
+    if constexpr (sizeof(T) == 1)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(whole), _mm_maskz_loadu_epi8(used, data));
+    else
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(whole), _mm256_maskz_loadu_epi16(used, data));
+    return load_wide(whole);
+  }
+#else
+  T whole[kLanes] = {};
+  for (int i = 0; i < count; ++i) whole[i] = data[i];
+  return load_wide(whole);
+#endif
+}
+
 // The other way: kLanes numbers rounded to a tensor's dtype, as from_float does.
 static inline void store_narrow(float* data, Vec value) { store_vec(data, value); }
 
@@ -95,6 +132,23 @@ static inline void store_narrow(float16* data, Vec value) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(data), _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
 #else
   for (int i = 0; i < kLanes; ++i) data[i] = from_float<float16>(value[i]);
+#endif
+}
+
+// The first `count` <= kLanes lanes.
+template <class T>
+static inline void store_first(T* data, Vec value, int count) {
+  if (count == kLanes) return store_narrow(data, value);
+  T whole[kLanes];
+  store_narrow(whole, value);
+#if defined(__AVX512F__)
+  const __mmask16 used = static_cast<__mmask16>((1u << count) - 1u);
+  if constexpr (sizeof(T) == sizeof(float))
+    _mm512_mask_storeu_ps(data, used, value);
+  else
+    _mm256_mask_storeu_epi16(data, used, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole)));
+#else
+  for (int i = 0; i < count; ++i) data[i] = whole[i];
 #endif
 }
 

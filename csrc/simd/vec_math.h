@@ -27,7 +27,11 @@ static inline bool any(VecInt x) {
 #endif
 }
 
-constexpr float kInfinity = __builtin_inff();
+static inline VecInt lane_numbers() {
+  VecInt lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
 
 // 2^n of the integers n in [-127, 128] that `shifted` = n + kRoundingShift holds; -127 gives 0 and 128 infinity.
 static inline Vec power_of_two(Vec shifted) { return (Vec)(((VecInt)shifted + 127) << 23); }
@@ -152,6 +156,44 @@ static inline Vec log(Vec x) {
   p = mul_add(count, broadcast(-2.12194440e-4f), p * f * square);
   p = mul_add(count, broadcast(0.693359375f), mul_add(square, broadcast(-0.5f), p) + f);
   return x < kInfinity ? p : x;
+}
+
+// The sum of a vector's lanes, as a tree.
+static inline float sum_of(Vec x) {
+  const VecInt lane = lane_numbers();
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) x += __builtin_shuffle(x, lane ^ step);
+  return x[0];
+}
+
+// One step of the tree below: lanes l with bit kStep unset hold a[l] + a[l ^ kStep], the others the same of b.
+template <int kStep>
+__attribute__((always_inline)) static inline Vec add_across(Vec a, Vec b) {
+  const VecInt lanes = lane_numbers();
+  const VecInt own = lanes + (lanes & kStep) * (kLanes / kStep);
+  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ kStep);
+}
+
+template <int kStep>
+__attribute__((always_inline)) static inline Vec sums_of(const Vec* x) {
+  if constexpr (kStep == 1)
+    return add_across<1>(x[0], x[1]);
+  else
+    return add_across<kStep>(sums_of<kStep / 2>(x), sums_of<kStep / 2>(x + kStep));
+}
+
+// Lane l is the sum of the lanes of x[l], for kLanes vectors: kLanes - 1 additions instead of kLanes log2(kLanes).
+__attribute__((always_inline)) static inline Vec sums_of(const Vec* x) { return sums_of<kLanes / 2>(x); }
+
+// The largest lane; a NaN never wins.
+static inline float largest_of(Vec x) {
+  const VecInt lanes = lane_numbers();
+#pragma GCC unroll 4
+  for (int step = kLanes / 2; step > 0; step /= 2) {
+    const Vec other = __builtin_shuffle(x, lanes ^ step);
+    x = other > x ? other : x;
+  }
+  return x[0];
 }
 
 }  // namespace gpt4v_fast::GPT4V_FAST_ISA

@@ -24,7 +24,7 @@ static void print(const char* name) {
 
 int main() {
   print<bfloat16>("bf16");
-  if (kHasTiles) return 0;  // which serve bf16 alone
+  if (kHasAmx) return 0;  // which serve bf16 alone
   print<float>("fp32");
   print<float16>("fp16");
 }
