@@ -130,10 +130,10 @@ class NinjaBuildExt(build_ext):
         ninja.rule("cxx", f"{shlex.join(cxx)} $flags -MMD -MF $out.d -c $in -o $out", depfile=True)
         ninja.rule("link", f"{shlex.join(cxx)} -shared $in -o $out $flags")
         objects = []
-        for source in ("bindings", "bindings_attention", "dispatch"):
-            unit = [*flags, *(python_flags if source.startswith("bindings") else [])]
-            target = build_dir / f"{source}.o"
-            objects.append(ninja.build(target, "cxx", [CSRC / f"{source}.cpp"], flags=shlex.join(unit)))
+        for source in sorted(CSRC.glob("*.cpp")):
+            unit = [*flags, *(python_flags if source.stem.startswith("bindings") else [])]
+            target = build_dir / f"{source.stem}.o"
+            objects.append(ninja.build(target, "cxx", [source], flags=shlex.join(unit)))
         for isa in isas:
             unit = [*flags, *ISA_FLAGS[isa]]
             target = build_dir / f"isa_{isa}.o"

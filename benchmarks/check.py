@@ -1,5 +1,5 @@
 """No time before the numbers are right: a contender's outputs against the exact ones, by the rule of the tests
-(gpt4v_fast/reference/closeness.py). The spread is that of scales.py, which also passes the peers, who round in other
+(gpt4v_fast/closeness.py). The spread is that of scales.py, which also passes the peers, who round in other
 places than our kernels; plain PyTorch is a peer here, and its error excuses nothing.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpt4v_fast.reference.closeness import judge, row_largest
+from gpt4v_fast.closeness import judge, row_largest
 
 from .registry import Expected, Outputs
 from .scales import unit

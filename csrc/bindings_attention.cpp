@@ -7,7 +7,7 @@
 #include "binding_checks.h"
 #include "bindings.h"
 #include "dispatch.h"
-#include "python_views.h"
+#include "python_calls.h"
 
 namespace py = pybind11;
 
@@ -216,30 +216,17 @@ int64_t end_of_starts(const View& starts, int64_t rows, int64_t longest) {
   return at(last);
 }
 
-// The arguments that forward and backward have in common, in the order of gpt4v_fast/ops/attention.py.
-AttentionArgs attention_args(const View& q, const View& k, const View& v, const View& bias, const View& alibi_slopes,
-                             const View& sinks, const View& query_documents, const View& key_documents,
-                             const View& query_images, const View& key_images, const View& key_lengths,
-                             const View& offsets, const View& cu_seqlens_q, const View& cu_seqlens_k, bool causal,
-                             bool bottom_right, int64_t window_left, int64_t window_right, float scale, float softcap,
-                             double dropout_p, uint64_t seed, const View& out, const View& lse) {
-  AttentionArgs a{};
-  a.q = q, a.k = k, a.v = v;
-  a.bias = bias, a.alibi_slopes = alibi_slopes, a.sinks = sinks;
-  a.query_documents = query_documents, a.key_documents = key_documents;
-  a.query_images = query_images, a.key_images = key_images;
-  a.key_lengths = key_lengths, a.offsets = offsets;
-  a.cu_seqlens_q = cu_seqlens_q, a.cu_seqlens_k = cu_seqlens_k;
-  a.causal = causal, a.bottom_right = bottom_right;
-  a.window_left = window_left, a.window_right = window_right;
-  a.scale = scale, a.softcap = softcap, a.dropout_p = dropout_p, a.seed = seed;
+// The arguments of a call with its outputs, as the kernels take them: packed sequences as one batch entry, broadcast
+// tensors in full.
+AttentionArgs attention_args(const py::tuple& call, const View& out, const View& lse) {
+  AttentionArgs a = CallReader<AttentionArgs>::read(call);
   a.out = out, a.lse = lse;
-  if (cu_seqlens_q.defined)
+  const int64_t batch = a.cu_seqlens_q.defined ? a.cu_seqlens_q.size[0] - 1 : a.q.size[0];
+  if (a.cu_seqlens_q.defined)
     for (View* view : {&a.q, &a.k, &a.v, &a.out, &a.lse}) pack_into_batch(*view);
   if (a.q.ndim == 4 && a.k.ndim == 4) {
-    const int64_t B = cu_seqlens_q.defined ? cu_seqlens_q.size[0] - 1 : q.size[0], H = a.q.size[1];
-    broadcast_to(a.bias, {B, H, a.q.size[2], a.k.size[2]});
-    broadcast_to(a.alibi_slopes, {B, H});
+    broadcast_to(a.bias, {batch, a.q.size[1], a.q.size[2], a.k.size[2]});
+    broadcast_to(a.alibi_slopes, {batch, a.q.size[1]});
   }
   return a;
 }
@@ -268,56 +255,27 @@ void bind_attention(py::module_& m) {
           return do_kvcache_tensors_fit(
               {q, k_cache, v_cache, cache_lengths, k, v, block_table, rotary_cos, rotary_sin, sinks});
         });
-  m.def("attention_kvcache",
-        [](View q, View k_cache, View v_cache, View cache_lengths, View k, View v, View block_table, View rotary_cos,
-           View rotary_sin, View sinks, bool rotary_interleaved, bool causal, int64_t window_left, int64_t window_right,
-           float scale, float softcap, View out, View lse, int threads) {
-          KvCacheArgs c{q,
-                        k_cache,
-                        v_cache,
-                        cache_lengths,
-                        k,
-                        v,
-                        block_table,
-                        rotary_cos,
-                        rotary_sin,
-                        sinks,
-                        rotary_interleaved,
-                        causal,
-                        window_left,
-                        window_right,
-                        scale,
-                        softcap,
-                        out,
-                        lse};
-          run_kvcache(c, threads);
-        });
   m.def("do_starts_fit", &do_starts_fit);
   m.def("end_of_starts", &end_of_starts);
-  m.def("attention_forward", [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
-                                View key_documents, View query_images, View key_images, View key_lengths, View offsets,
-                                View cu_seqlens_q, View cu_seqlens_k, bool causal, bool bottom_right,
-                                int64_t window_left, int64_t window_right, float scale, float softcap, double dropout_p,
-                                uint64_t seed, View out, View lse, int threads) {
-    AttentionArgs a = attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
-                                     key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
-                                     window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
+  m.def("read_attention_calls", &CallReader<AttentionArgs>::install, py::arg("fields"));
+  m.def("read_attention_kvcache_calls", &CallReader<KvCacheArgs>::install, py::arg("fields"));
+  m.def("attention_kvcache", [](const py::tuple& call, View out, View lse, int threads) {
+    KvCacheArgs c = CallReader<KvCacheArgs>::read(call);
+    c.out = out, c.lse = lse;
+    run_kvcache(c, threads);
+  });
+  m.def("attention_forward", [](const py::tuple& call, View out, View lse, int threads) {
+    const AttentionArgs a = attention_args(call, out, lse);
     check_attention(a, threads);
     py::gil_scoped_release release;
     kernels().attention_forward(a, threads);
   });
-  m.def("attention_backward", [](View q, View k, View v, View bias, View alibi_slopes, View sinks, View query_documents,
-                                 View key_documents, View query_images, View key_images, View key_lengths, View offsets,
-                                 View cu_seqlens_q, View cu_seqlens_k, bool causal, bool bottom_right,
-                                 int64_t window_left, int64_t window_right, float scale, float softcap,
-                                 double dropout_p, uint64_t seed, View out, View lse, View dout, View dlse, View dq,
-                                 View dk, View dv, View dbias, View dsinks, int threads) {
-    AttentionArgs a = attention_args(q, k, v, bias, alibi_slopes, sinks, query_documents, key_documents, query_images,
-                                     key_images, key_lengths, offsets, cu_seqlens_q, cu_seqlens_k, causal, bottom_right,
-                                     window_left, window_right, scale, softcap, dropout_p, seed, out, lse);
+  m.def("attention_backward", [](const py::tuple& call, View out, View lse, View dout, View dlse, View dq, View dk,
+                                 View dv, View dbias, View dsinks, int threads) {
+    AttentionArgs a = attention_args(call, out, lse);
     a.dout = dout, a.dlse = dlse;
     a.dq = dq, a.dk = dk, a.dv = dv, a.dbias = dbias, a.dsinks = dsinks;
-    if (cu_seqlens_q.defined)
+    if (a.cu_seqlens_q.defined)
       for (View* view : {&a.dout, &a.dlse, &a.dq, &a.dk, &a.dv}) pack_into_batch(*view);
     check_attention_backward(a, threads);
     py::gil_scoped_release release;

@@ -45,6 +45,15 @@ constexpr int32_t kCpu = 1;
 
 }  // namespace dlpack
 
+// Elements without memory: a storage that was freed (resize_(0), as FSDP leaves it), or a tensor of zeros that torch
+// never wrote.
+inline bool lacks_memory(const View& view) {
+  if (!view.defined || view.data != nullptr) return false;
+  for (int i = 0; i < view.ndim; ++i)
+    if (view.size[i] == 0) return false;
+  return true;
+}
+
 class TensorReader {
  public:
   // Takes torch.Tensor, torch.nn.Parameter and the capsule of the former.
@@ -99,6 +108,8 @@ class TensorReader {
         return DType::kBFloat16;
       case 0x210:
         return DType::kFloat16;
+      case 0x240:
+        return DType::kFloat64;
       case 0x108:
         return DType::kUInt8;
       case 0x020:

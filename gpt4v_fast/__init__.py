@@ -21,15 +21,9 @@ __path__ = [*__path__, *(str(Path(p).parent) for p in __path__ if not Path(p, "k
 
 from gpt4v_fast.backends import FallbackError, explain, force, strict
 from gpt4v_fast.masks import Mask
-from gpt4v_fast.ops.attention import attention
-from gpt4v_fast.ops.attention_kvcache import attention_kvcache
-from gpt4v_fast.ops.attention_varlen import attention_varlen
-from gpt4v_fast.ops.cross_entropy import cross_entropy
-from gpt4v_fast.ops.labels import check_labels
-from gpt4v_fast.ops.linear_cross_entropy import linear_cross_entropy
-from gpt4v_fast.ops.patch_embed import patch_embed
-from gpt4v_fast.ops.patch_embed_packed import patch_embed_packed
-from gpt4v_fast.reference import LossStats
+from gpt4v_fast.ops.attention import attention, attention_kvcache, attention_varlen
+from gpt4v_fast.ops.loss import LossStats, check_labels, cross_entropy, linear_cross_entropy
+from gpt4v_fast.ops.patch_embed import patch_embed, patch_embed_packed
 
 __version__ = "0.1.0"
 

@@ -25,7 +25,7 @@ except AttributeError as error:  # pragma: no cover - an old build in a source t
         f"{error}"
     ) from error
 
-# The order is that of DType in csrc/args.h.
+# The order is that of DType in csrc/view.h.
 DTYPE_CODES = {
     torch.float32: 0,
     torch.bfloat16: 1,
@@ -34,6 +34,7 @@ DTYPE_CODES = {
     torch.int32: 4,
     torch.int64: 5,
     torch.bool: 6,
+    torch.float64: 7,
 }
 
 TensorView = tuple[int, int, tuple[int, ...], tuple[int, ...]]

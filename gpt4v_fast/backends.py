@@ -1,7 +1,9 @@
 """Which kernel serves a call, and why: `pick`, `explain`, `strict`, and the ways to force a choice.
 
-Every op registers what each of its backends takes. `pick` goes through them from the fastest to the oracle and keeps
-the reasons; nothing falls back silently: `explain` prints the reasons, strict mode turns a fallback into an error.
+Every op registers its backends, objects that take or refuse a call by its traits. `pick` goes through them from the
+fastest to the oracle and returns the one that runs; `explain` prints that same choice with the reasons, and strict mode
+turns a fallback into an error. A backend sees a call's traits alone when it refuses, and they are the key under which
+the choice is remembered: what is explained is what runs.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 
 from gpt4v_fast._native import _C
+from gpt4v_fast.ops import modes
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 FORCEABLE = ("cpu", "triton", "reference")
@@ -25,9 +28,8 @@ class FallbackError(RuntimeError):
     """Raised in strict mode when only the oracle could serve a call."""
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a call asks of a kernel: the op, where its tensors are, their dtype, and the features it uses."""
+class Traits(NamedTuple):
+    """What decides which backend serves a call: the op, where its tensors are, their dtype, and what the call uses."""
 
     op: str
     device: str
@@ -35,9 +37,30 @@ class Request:
     features: frozenset[str] = frozenset()
 
 
+class Backend:
+    """One way to serve an op: a kernel with what it takes. Subclasses live in gpt4v_fast/ops/<op>/<backend>.py.
+
+    `forward(call)` gives the op's outputs, `backward(call, saved, upstream, wanted)` a gradient for each input that is
+    wanted (ops/library.py says what these are).
+    """
+
+    backend = ""  # cpu, cuda, triton or reference
+    kernel = ""  # what `explain` calls it
+
+    def refuses(self, traits: Traits) -> str | None:
+        """Why this kernel does not take a call with these traits, or None."""
+        return None
+
+    def forward(self, call: Any, *memory: Any) -> Any:
+        raise NotImplementedError
+
+    def backward(self, call: Any, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Choice:
-    """The answer of `pick` and `explain`: which kernel, on what, why, and why not the others."""
+    """The answer of `explain`: which kernel serves a call, on what, why, and why not the others."""
 
     op: str
     backend: str
@@ -45,6 +68,7 @@ class Choice:
     on: str
     reason: str
     rejected: tuple[tuple[str, str], ...] = ()
+    runs: Backend | None = field(default=None, repr=False, compare=False)
 
     @property
     def is_fallback(self) -> bool:
@@ -57,18 +81,10 @@ class Choice:
         return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class _Kernel:
-    backend: str
-    kernel: str
-    unsupported: Callable[[Request], str | None]
-
-
 @dataclass
 class _Settings:
     backend: str | None = None
-    strict: bool = False
-    cache: dict[tuple[Any, str | None, str], Choice] = field(default_factory=dict)
+    cache: dict[Any, Choice] = field(default_factory=dict)
 
 
 def _setting_from_environment(name: str, allowed: tuple[str, ...]) -> str | None:
@@ -78,13 +94,12 @@ def _setting_from_environment(name: str, allowed: tuple[str, ...]) -> str | None
     return value
 
 
-_settings = _Settings(
-    backend=_setting_from_environment("GPT4V_FAST_BACKEND", FORCEABLE),
-    strict=os.environ.get("GPT4V_FAST_STRICT", "0") not in ("", "0"),
+_settings = _Settings(backend=_setting_from_environment("GPT4V_FAST_BACKEND", FORCEABLE))
+_strict: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "gpt4v_fast_strict", default=os.environ.get("GPT4V_FAST_STRICT", "0") not in ("", "0")
 )
-_strict: contextvars.ContextVar[bool] = contextvars.ContextVar("gpt4v_fast_strict", default=_settings.strict)
-_kernels: dict[str, list[_Kernel]] = {}
-_explainers: dict[Callable[..., Any], Callable[..., Request]] = {}
+_backends: dict[str, tuple[Backend, ...]] = {}
+_public: list[Callable[..., Any]] = []
 
 
 def triton_interpreted() -> bool:
@@ -92,13 +107,11 @@ def triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def register_kernel(
-    op: str, backend: str, kernel: str, unsupported: Callable[[Request], str | None] = lambda request: None
-) -> None:
-    """Adds a kernel for `op`; earlier ones are preferred. `unsupported` says why it can't take a request, or None."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    _kernels.setdefault(op, []).append(_Kernel(backend, kernel, unsupported))
+def register(op: str, *backends: Backend) -> None:
+    """The backends of an op, the fastest first and the oracle last."""
+    if any(backend.backend not in BACKENDS for backend in backends) or backends[-1].backend != "reference":
+        raise ValueError(f"backends: expected backends of {', '.join(BACKENDS)}, and the reference last")
+    _backends[op] = backends
 
 
 def _wrong_place(backend: str, device: str) -> str | None:
@@ -131,63 +144,136 @@ def _where(backend: str, device: str) -> str:
     return "CPU (Triton interpreter)" if backend == "triton" else device.upper()
 
 
-def _pick(request: Request, forced: str | None) -> Choice:
+def choose(traits: Traits, forced: str | None = None) -> Choice:
+    """The first backend of the op that takes a call with these traits, and why the ones before it do not."""
     rejected = []
-    for candidate in _kernels.get(request.op, []):
-        if forced is not None and candidate.backend != forced:
+    for candidate in _backends[traits.op]:
+        is_oracle = candidate.backend == "reference"
+        if forced is not None and candidate.backend != forced and not is_oracle:
             rejected.append((candidate.kernel, f"the backend {forced} is forced"))
             continue
-        why = _wrong_place(candidate.backend, request.device) or candidate.unsupported(request)
+        why = _wrong_place(candidate.backend, traits.device) or candidate.refuses(traits)
         if why is not None:
             rejected.append((candidate.kernel, why))
             continue
-        reason = "forced" if forced is not None else "the fastest kernel that takes this call"
-        where = _where(candidate.backend, request.device)
-        return Choice(request.op, candidate.backend, candidate.kernel, where, reason, tuple(rejected))
-    reason = "forced" if forced == "reference" else "no faster kernel takes this call"
-    where = _where("reference", request.device)
-    return Choice(request.op, "reference", f"reference.{request.op}", where, reason, tuple(rejected))
+        reason = "the fastest kernel that takes this call" if forced is None else "forced"
+        if is_oracle and forced != "reference":
+            reason = "no faster kernel takes this call"
+        where = _where(candidate.backend, traits.device)
+        return Choice(traits.op, candidate.backend, candidate.kernel, where, reason, tuple(rejected), candidate)
+    raise RuntimeError(f"{traits.op}: no backend is registered that takes every call")
 
 
-def pick(request: Request) -> Choice:
-    """The kernel that serves `request`; in strict mode raises FallbackError where that would be the oracle."""
-    return pick_by(request, lambda: request)
+class Call:
+    """What every call object has, beside its fields: it is a NamedTuple that also derives from this class, by
+    `class AttentionCall(Call, _AttentionFields)`.
+
+    A feature is a field that differs from its default, by its own name with spaces; `FEATURE_NAMES` renames some (None:
+    no feature), and `extras` adds features that several fields make together, in the order of `EXTRAS`.
+    """
+
+    MAIN: ClassVar[str] = ""  # the tensor whose device and dtype decide
+    FEATURE_NAMES: ClassVar[Mapping[str, str | None]] = {}
+    EXTRAS: ClassVar[tuple[str, ...]] = ()
+    DEFAULTS: ClassVar[tuple[Any, ...]] = ()
+
+    __slots__ = ()
+
+    def __init_subclass__(cls) -> None:
+        if not hasattr(cls, "_fields"):  # between this class and a call object
+            return
+        fields: Any = cls
+        cls.DEFAULTS = tuple(fields._field_defaults.get(name) for name in fields._fields)
+        fields._main = fields._fields.index(cls.MAIN)
+
+    @property
+    def op(self) -> str:
+        raise NotImplementedError
+
+    def extras(self) -> tuple[bool, ...]:
+        return ()
+
+    @classmethod
+    def features(cls, used: int, extras: tuple[bool, ...]) -> frozenset[str]:
+        """The names of the used fields (a bit each) and of the extras."""
+        of: Any = cls
+        required = len(of._fields) - len(of._field_defaults)
+        fields = [name for i, name in enumerate(of._fields) if i >= required and used >> i & 1]
+        named = {cls.FEATURE_NAMES.get(name, name.replace("_", " ")) for name in fields}
+        return frozenset(name for name in named if name) | frozenset(
+            name for name, is_used in zip(cls.EXTRAS, extras, strict=True) if is_used
+        )
 
 
-def pick_by(key: Any, describe: Callable[[], Request]) -> Choice:
-    """`pick(describe())` for calls so small that describing each would take long: `key` determines the request."""
-    settled = (key, _settings.backend, _C.isa())
-    choice = _settings.cache.get(settled)
+def explain_call(call: Any) -> Choice:
+    """Which backend serves `call`. It is looked up by what decides it: a small call has no time to go through all."""
+    tensor = call[call._main]
+    used, extras = _C.used_fields(call, call.DEFAULTS), call.extras()
+    key = (call.op, tensor.device, tensor.dtype, used, extras, _settings.backend, _C.isa())
+    choice = _settings.cache.get(key)
     if choice is None:
-        choice = _settings.cache[settled] = _pick(describe(), _settings.backend)
-    if choice.is_fallback and _strict.get():
-        reasons = "; ".join(f"not {name}: {why}" for name, why in choice.rejected) or "no kernel is registered"
-        raise FallbackError(f"{choice.op} would run on its slow reference, and strict mode is on: {reasons}")
+        traits = Traits(call.op, tensor.device.type, tensor.dtype, call.features(used, extras))
+        choice = _settings.cache[key] = choose(traits, _settings.backend)
     return choice
 
 
-def register_explainer(function: Callable[..., Any], to_request: Callable[..., Request]) -> None:
-    """Makes `explain(function, ...)` work: `to_request` validates the same arguments and describes the call."""
-    _explainers[function] = to_request
+def pick(call: Any) -> Backend:
+    """The backend that serves `call`; in strict mode raises FallbackError where that would be the oracle."""
+    choice = explain_call(call)
+    if choice.is_fallback and _strict.get():
+        reasons = "; ".join(f"not {name}: {why}" for name, why in choice.rejected) or "no kernel is registered"
+        raise FallbackError(f"{choice.op} would run on its slow reference, and strict mode is on: {reasons}")
+    return cast(Backend, choice.runs)
 
 
-def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+def forward(call: Any) -> Any:
+    """The outputs of `call`, by the backend that serves it."""
+    return pick(call).forward(call)
+
+
+def backward(call: Any, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
+    """The gradients of `call`'s inputs, by the backend that serves it."""
+    return pick(call).backward(call, saved, upstream, wanted)
+
+
+def explained(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a public function whose calls `explain` takes."""
+    _public.append(function)
+    return function
+
+
+def call_of(function: Callable[..., Any], *args: Any, compiled: bool = False, **kwargs: Any) -> Any:
+    """The call object that `function(*args, **kwargs)` makes: the function runs as far as its op, and no further.
+    `compiled`: the one that it makes under torch.compile."""
+    if function not in _public:
+        known = ", ".join(sorted(f.__name__ for f in _public))
+        raise TypeError(f"function: expected one of {known}, got {getattr(function, '__name__', function)!r}")
+    modes.ASKED.on, modes.ASKED.compiled = True, compiled
+    try:
+        function(*args, **kwargs)
+    except modes.CallMade as made:
+        return made.call
+    finally:
+        modes.ASKED.on = modes.ASKED.compiled = False
+    raise RuntimeError(f"gpt4v_fast.{function.__name__}: expected a call of an op")
+
+
+def explain(function: Callable[..., Any], *args: Any, compiled: bool = False, **kwargs: Any) -> Choice:
     """Says which kernel `function(*args, **kwargs)` would run, on what, why, and why not the faster ones.
 
-    The arguments are validated as in the call itself; nothing is computed. `print(explain(...))` is for reading,
-    the fields of the returned `Choice` are for programs.
+    The arguments are validated as in the call itself; no kernel runs. `print(explain(...))` is for reading, the fields
+    of the returned `Choice` are for programs.
+
+    Args:
+        function: one of the package's ops.
+        compiled: as torch.compile and torch.func run the call, where forward can leave nothing for backward.
 
     Raises:
         TypeError: `function` is not one of the package's ops.
+        What the call itself raises for its arguments.
     """
-    if function not in _explainers:
-        known = ", ".join(sorted(f.__name__ for f in _explainers))
-        raise TypeError(f"function: expected one of {known}, got {getattr(function, '__name__', function)!r}")
-    token = _strict.set(False)
-    try:
-        return pick(_explainers[function](*args, **kwargs))
-    finally:
-        _strict.reset(token)
+    call = call_of(function, *args, compiled=compiled, **kwargs)
+    return explain_call(getattr(call, "explained", call))  # of a sharded call, the call on this process's shard
 
 
 @contextlib.contextmanager

@@ -58,8 +58,7 @@ class Mask:
     key_lengths: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.align not in ("bottom_right", "top_left"):
-            raise ValueError(f'align: expected "bottom_right" or "top_left", got {self.align!r}')
+        check_align(self.align)
         check_window(self.window)
         for name in ("documents", "image_blocks", "key_lengths"):
             value = getattr(self, name)
@@ -143,6 +142,11 @@ def dense_mask(
     if ids.key_lengths is not None:
         allowed = allowed & (j < ids.key_lengths.view(-1, 1, 1, 1))
     return allowed
+
+
+def check_align(align: str) -> None:
+    if align not in ("bottom_right", "top_left"):
+        raise ValueError(f'align: expected "bottom_right" or "top_left", got {align!r}')
 
 
 def check_window(window: tuple[int | None, int | None] | None) -> None:

@@ -10,8 +10,7 @@ from torch import nn
 
 from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention
-from gpt4v_fast.ops.cross_entropy import cross_entropy
-from gpt4v_fast.ops.linear_cross_entropy import linear_cross_entropy
+from gpt4v_fast.ops.loss import cross_entropy, linear_cross_entropy
 from gpt4v_fast.ops.patch_embed import patch_embed
 from gpt4v_fast.reference import LossStats
 

@@ -1,10 +1,10 @@
 """Every launch table of the Triton kernels: plain data, no triton, a deterministic answer for any device.
 
 `attention`, `cross_entropy` and `linear_cross_entropy` look an entry up; arch is "sm_90", "gfx942" or "interpreter".
-Entries were chosen by what the compiler makes of them (docs/tuning.md): no spills, 8 warps or more on a multiprocessor,
-shared memory that the chip has, then the fewest instructions per score in the unmasked loop. Those of the linear
-loss in 16 bits on sm_90 are the fastest of what was timed on an H200; other times are not measured. tests/gpu_compile
-holds every entry to it.
+Entries were chosen by what the compiler makes of them (docs/notes/2026-11-gpu-machine-code.md): no spills, 8 warps or
+more on a multiprocessor, shared memory that the chip has, then the fewest instructions per score in the unmasked loop.
+Those of the linear loss in 16 bits on sm_90 are the fastest of what was timed on an H200; other times are not measured.
+tests/gpu_compile holds every entry to it.
 """
 
 from __future__ import annotations

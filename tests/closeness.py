@@ -1,6 +1,6 @@
 """The one assertion: a fast result is right when it is about as close to the exact one as PyTorch's own is.
 
-The rule and its constants stand in gpt4v_fast/reference/closeness.py. Here the spread is measured: the root mean square
+The rule and its constants stand in gpt4v_fast/closeness.py. Here the spread is measured: the root mean square
 of how far the oracle itself moves when each of its steps is rounded at random to what a kernel holds
 (random_rounding.py), the largest in the row.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from random_rounding import RandomRounding
 
-from gpt4v_fast.reference.closeness import judge, native_error, row_largest, units
+from gpt4v_fast.closeness import judge, native_error, row_largest, units
 
 SAMPLES = (4, 16)  # the spread of 4 runs; where that does not do, of 16 more
 

@@ -1,8 +1,9 @@
 // Logits of many features in AMX tiles: some tiles of the weight at a time, a part of the depth after the other.
 //
 // Six strips of tokens of 4,096 features are 2.3 MiB, which pass by every tile of the weight; from third-level cache a
-// product takes 37 cycles, from the second 20 (docs/tuning.md). Taken a part of the depth at a time, for the tiles
-// of some more rows, they stay near, and fp32 sums of the tiles are kept instead. The sums are those of `amx_product`.
+// product takes 37 cycles, from the second 20 (docs/notes/2026-11-amx-tiles.md). Taken a part of the depth at a time,
+// for the tiles of some more rows, they stay near, and fp32 sums of the tiles are kept instead. The sums are those of
+// `amx_product`.
 #pragma once
 
 #include "loss/sizes.h"

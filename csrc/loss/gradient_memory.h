@@ -69,8 +69,9 @@ static void clear_rows(const LinearCrossEntropyArgs& a) {
 // Rows of a large bf16 gradient of weight, written past the caches.
 //
 // An ordinary store reads the line that it writes: two cores of an Intel Xeon wrote 19 GB/s so, and 43 GB/s past the
-// caches, with products of AMX tiles beside it 5 and 13 (docs/tuning.md). Only whole lines gain by it, so strips of
-// features, of a line and a half, are written two at a time. Elsewhere lines are fetched beside the products instead.
+// caches, with products of AMX tiles beside it 5 and 13 (docs/notes/2026-11-linear-loss-amx.md). Only whole lines gain
+// by it, so strips of features, of a line and a half, are written two at a time. Elsewhere lines are fetched beside the
+// products instead.
 #ifdef __AMX_BF16__
 
 // What is smaller may still be in a cache when it is read.

@@ -162,7 +162,8 @@ class LinearBackward {
     const int64_t groups = ceil_div(last - first, kTaskStrips), columns = ceil_div(features.count, kTaskStrips);
     const int64_t depth = Operands<T>::depth(rows);
     Memory list[kMostAsked];
-    // Nothing is fetched beside products of AMX tiles, which wait for memory most (docs/tuning.md).
+    // Nothing is fetched beside products of AMX tiles, which wait for memory most
+    // (docs/notes/2026-11-linear-loss-amx.md).
     PrefetchList<2, 4> next(list);
     if (!kHasAmx) ask_for_block(next_v, next_v > v ? group : last, next_v > v, next);
     tasks.run(round, groups * columns, [&](int64_t task) {

@@ -14,7 +14,7 @@
 namespace gpt4v_fast::GPT4V_FAST_ISA {
 namespace loss {
 
-// Parts of fewer tokens are slower than logits computed twice (measured: docs/tuning.md).
+// Parts of fewer tokens are slower than logits computed twice (measured: docs/notes/2026-11-linear-loss-cpu.md).
 template <class T>
 constexpr int64_t kFewestTokens = Operands<T>::kPairs ? 192 : 64;
 

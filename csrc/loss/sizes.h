@@ -45,13 +45,13 @@ constexpr int64_t kHiddenSumBytes = 32 << 20;
 
 // Of a block's tokens packed one way; both ways beyond kPackBytes are at the expense of kHiddenSumBytes. More for
 // AMX, to which sums of grad_weight over several blocks are dear: N 1,024, V 32,000, E 4,096 takes 456 ms in one, 601
-// in three (docs/tuning.md).
+// in three (docs/notes/2026-11-linear-loss-amx.md).
 constexpr int64_t kBackwardPackBytes = kHasAmx ? 10 << 20 : kPackBytes;
 
 // Of a block's rows of the weight, in fp32; more where kPackBytes would be few classes: with every block the sums of
 // hidden's gradients are read and written (256 classes in place of 1,008, E 4,096: up to 1.2 times the time). Not for
-// pairs: E 8,192 then takes 1.3 times as long (docs/tuning.md); nor for fp16, which has sums of hidden's gradients in
-// the same 64 MiB.
+// pairs: E 8,192 then takes 1.3 times as long (docs/notes/2026-11-linear-loss-fp32-xeon.md); nor for fp16, which has
+// sums of hidden's gradients in the same 64 MiB.
 constexpr int64_t kFewClasses = 7 * kTileRows;
 constexpr int64_t kLargePackBytes = 16 << 20;
 

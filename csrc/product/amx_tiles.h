@@ -2,7 +2,7 @@
 // along the depth, and a strip of pairs, [depth / 2][columns].
 //
 // Six AMX tiles of sums, 32 rows and 48 columns, take seven loads for six products: a product takes the unit 16 cycles,
-// a load of 1 KiB from first-level cache 11 (docs/tuning.md).
+// a load of 1 KiB from first-level cache 11 (docs/notes/2026-11-amx-tiles.md).
 #pragma once
 
 #include "product/operands.h"
@@ -122,7 +122,7 @@ ALWAYS_INLINE static void amx_columns(const bfloat16* a, int64_t a_stride, int64
 // c (rows, vectors * kLanes) = or += parts [first, last) of a (rows, pairs) b, for up to three vectors. The thread's
 // tiles are configured (AmxTiles). Nothing is read behind the last pair, of which a zero would not make up for a NaN
 // there. `work` is done beside it, a step with every whole step of the depth: little of it, as loads of tiles wait for
-// the line buffers that its fetches take (docs/tuning.md).
+// the line buffers that its fetches take (docs/notes/2026-11-amx-tiles.md).
 template <class Work>
 __attribute__((noinline)) static void amx_product(BroadcastPairs<Along::kDepth> a, int64_t rows, int64_t vectors,
                                                   int64_t pairs, const float* b, int64_t b_stride, float* c,

@@ -2,7 +2,7 @@
 //
 // A product calls work.step() between steps of its depth, and each step asks for a few cache lines: in one go they
 // would wait for each other. Work is copied into the product and back, so that it stands in registers. Three ways to go
-// through memory are left, each with a measurement in docs/tuning.md: in order, so many lines with each step
+// through memory are left, each with a measurement in docs/notes: in order, so many lines with each step
 // (PrefetchLines), evenly over the whole product, for AMX tiles (PrefetchEvenly), and through a list of what is asked
 // for, the urgent first (PrefetchList). Rows that will be written come whole (PrefetchToWrite).
 #pragma once

@@ -7,7 +7,7 @@
 // divide a long depth (strips.h) keep long sums accurate. amx_tiles.h is the same product in AMX tiles.
 //
 // Other work, prefetching (prefetch.h) or an exponential, can be woven into a product: units that multiplication leaves
-// idle do it (docs/tuning.md).
+// idle do it (docs/notes/2026-11-attention-forward-cpu.md).
 #pragma once
 
 #include <type_traits>

@@ -1,9 +1,9 @@
 // Tasks of a team that go to the same thread as tasks on the same data before.
 //
 // What a thread has just written lies in its caches, and may be far from another's: cores of different chiplets or
-// sockets pass a line on in 200 ns and more, one of the same in 25 (docs/tuning.md). So each of the threads has its
-// share of the tasks, in order, and with it the same part of the data in every round; a thread that has done its own
-// takes from others'.
+// sockets pass a line on in 200 ns and more, one of the same in 25 (docs/notes/2026-11-measuring.md). So each of the
+// threads has its share of the tasks, in order, and with it the same part of the data in every round; a thread that has
+// done its own takes from others'.
 #pragma once
 
 #include <omp.h>

@@ -15,8 +15,9 @@ constexpr int64_t kLargePage = 2 << 20;
 constexpr int64_t kWorthLargePages = 2 * kLargePage;
 
 // Asks for large pages under [data, data + bytes), of which any part may be written: a page of 4 KiB costs about as
-// long to get as to write it ten times (fresh 56 MiB: 21 ms in small pages, 3.7 ms in large ones; docs/tuning.md).
-// Without effect on pages that are there already, on small blocks, and where the system does not know how.
+// long to get as to write it ten times (fresh 56 MiB: 21 ms in small pages, 3.7 ms in large ones;
+// docs/notes/2026-11-memory-and-pages.md). Without effect on pages that are there already, on small blocks, and where
+// the system does not know how.
 static inline void expect_writes(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = 4096;
@@ -65,10 +66,10 @@ static inline GotPages get_pages(int64_t first, int64_t count, int threads) {
 
 // Gets large pages under [data, data + bytes), all of which will be written, unless they came slowly in the calls
 // before. They come slowly where free memory is scattered and has to be moved, and on a virtual machine whose host
-// takes free memory back: there 2 MiB took 5 to 12 ms, of small pages, which do not go so soon, 1 (docs/tuning.md).
-// What one call has waited for is often there for the next: it takes two slow calls in a row, or more of them among
-// quick ones, before 16 calls do without, then 32, up to 128. These get small pages, many at a time: two thirds to a
-// half of the time that one after the other takes as they are written.
+// takes free memory back: there 2 MiB took 5 to 12 ms, of small pages, which do not go so soon, 1
+// (docs/notes/2026-11-memory-and-pages.md). What one call has waited for is often there for the next: it takes two slow
+// calls in a row, or more of them among quick ones, before 16 calls do without, then 32, up to 128. These get small
+// pages, many at a time: two thirds to a half of the time that one after the other takes as they are written.
 static inline void get_large_pages(LargePages& before, void* data, int64_t bytes, int threads) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr double kSlow = 1.5e-3;                       // s, where 2 MiB of small pages take 1

@@ -213,7 +213,7 @@ def attention_forward(
         tile = configs.attention(arch, q.dtype, max(block_d, block_dv)).forward
         if arch == "sm_90" and q.element_size() == 2 and unit * 2 < VECTOR_BYTES:
             # For these rows and values narrower than keys ptxas 12.8 (Triton 3.6) makes a descriptor from registers
-            # that it has not set: wrong results, reads outside of shared memory (docs/tuning.md).
+            # that it has not set: wrong results, reads outside of shared memory (docs/notes/2026-11-gpu-attention.md).
             block_dv = max(block_d, block_dv)
         options = Options(
             Columns(D, block_d, min(tile.chunk, block_d)), Columns(Dv, block_dv, min(tile.chunk, block_dv)),

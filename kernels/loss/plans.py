@@ -18,7 +18,7 @@ from gpt4v_fast.kernels import configs
 FORWARD_PROGRAMS = 4096
 
 # fp32 logits that are written all at once where a problem has no more: three large products, few launches. On an H200's
-# host both ways take as long around that size (docs/tuning.md).
+# host both ways take as long around that size (docs/notes/2026-11-host-time.md).
 PRODUCT_BYTES = 32 << 20
 
 # Scratch of the backward pass: the gradient of a chunk of logits, and lower halves of fp32 sums over several chunks.

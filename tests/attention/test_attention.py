@@ -32,7 +32,7 @@ from random_rounding import RandomRounding
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
-from gpt4v_fast.ops.attention_arguments import draw_seed
+from gpt4v_fast.ops.attention.arguments import draw_seed
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 

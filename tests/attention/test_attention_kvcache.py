@@ -19,7 +19,8 @@ from torch import library as torch_library
 import gpt4v_fast as gf
 from gpt4v_fast import reference
 from gpt4v_fast._native import _C
-from gpt4v_fast.ops.attention_kvcache import prepare
+from gpt4v_fast.backends import call_of
+from gpt4v_fast.ops.attention.kvcache import KvCacheCall
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -316,7 +317,7 @@ def test_what_lies_behind_the_last_token_is_not_read(run):
 def test_opcheck(name):
     case = next(case for case in CASES if case.name == name)
     tensors = case.tensors()
-    arguments = prepare(**tensors, causal=True)
+    arguments = call_of(gf.attention_kvcache, **tensors, causal=True)
     torch_library.opcheck(
         torch.ops.gpt4v_fast.attention_kvcache.default, arguments, test_utils=("test_schema", "test_faketensor")
     )
@@ -425,11 +426,10 @@ def test_the_binding_refuses_what_would_leave_the_tensors(name, bad):
     tensors = {"sinks": None, **Cached("", (5, 9), new=1, page=4, capacity=16, rotary=8).tensors(), name: bad}
     if name == "rotary_cos":
         tensors["rotary_sin"] = bad
-    order = ["q", "k_cache", "v_cache", "cache_lengths", "k", "v", "block_table", "rotary_cos", "rotary_sin", "sinks"]
     before = tensors["k_cache"].clone()
     outputs = torch.empty(2, 1, 4, 16), torch.empty(2, 4, 1)
     with pytest.raises(ValueError, match="expected"):
-        _C.attention_kvcache(*map(tensors.get, order), False, True, -1, -1, 1.0, 0.0, *outputs, 1)
+        _C.attention_kvcache(KvCacheCall(**tensors, causal=True), *outputs, 1)
     assert torch.equal(tensors["k_cache"], before)
 
 

@@ -13,7 +13,7 @@ from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
-from gpt4v_fast.ops.attention import prepare
+from gpt4v_fast.backends import call_of
 
 OPS = torch.ops.gpt4v_fast
 
@@ -30,18 +30,19 @@ def test_opcheck(case):
     tensors = {name: x.requires_grad_(name in case.gradients) for name, x in case.tensors().items()}
     options = case.options()
     options.pop("return_lse")
-    torch_library.opcheck(OPS.attention.default, prepare(**tensors, **options))
+    torch_library.opcheck(OPS.attention.default, call_of(gf.attention, **tensors, **options))
 
 
 @pytest.mark.parametrize("case", REGISTERED, ids=lambda case: case.name)
 def test_opcheck_of_the_backward(case):
     options = case.options()
     options.pop("return_lse")
-    arguments = prepare(**case.tensors(), **options)
-    out, lse = OPS.attention(*arguments)
+    call = call_of(gf.attention, **case.tensors(), **options)
+    out, lse = OPS.attention(*call)
+    wanted = (True, True, True, "bias" in case.gradients, "sinks" in case.gradients)
     for dlse in (None, torch.ones_like(lse)):
-        tensors = (torch.ones_like(out), dlse, out, lse)
-        torch_library.opcheck(OPS.attention_backward.default, (*tensors, *arguments, "bias" in case.gradients))
+        arguments = (torch.ones_like(out), dlse, *call, out, lse, *wanted)
+        torch_library.opcheck(OPS.attention_backward.default, arguments)
 
 
 @pytest.mark.parametrize("case", REGISTERED, ids=lambda case: case.name)
@@ -72,10 +73,11 @@ def test_dropout_under_compile_draws_a_new_seed_each_call():
 
 def test_the_backward_leaves_out_a_bias_gradient_that_nobody_needs():
     """A mask in the form of a bias: its gradient would cost two more products."""
-    arguments = prepare(**Case("", 9, 9, bias=(9, 9)).tensors())
-    out, lse = OPS.attention(*arguments)
+    call = call_of(gf.attention, **Case("", 9, 9, bias=(9, 9)).tensors())
+    out, lse = OPS.attention(*call)
     with_dbias, without = (
-        OPS.attention_backward(torch.ones_like(out), None, out, lse, *arguments, needed) for needed in (True, False)
+        OPS.attention_backward(torch.ones_like(out), None, *call, out, lse, True, True, True, needed, False)
+        for needed in (True, False)
     )
     assert with_dbias[3].shape == (1, 1, 9, 9) and without[3].numel() == 0
     assert all(torch.equal(a, b) for a, b in zip(with_dbias[:3], without[:3], strict=True))

@@ -17,8 +17,8 @@ from torch import library as torch_library
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
-from gpt4v_fast.ops.attention_arguments import draw_seed
-from gpt4v_fast.ops.attention_varlen import prepare
+from gpt4v_fast.backends import call_of
+from gpt4v_fast.ops.attention.arguments import draw_seed
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -220,17 +220,19 @@ OPCHECKED = [case for case in CASES if case.name in ("an-empty-one-between", "de
 def test_opcheck(case):
     tensors = {name: x.requires_grad_(name != "alibi_slopes") for name, x in case.tensors().items()}
     starts_q, starts_k = case.starts()
-    arguments = prepare(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **tensors, **dict(case.options))
-    torch_library.opcheck(torch.ops.gpt4v_fast.attention_varlen.default, arguments)
+    call = call_of(gf.attention_varlen, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **tensors, **dict(case.options))
+    torch_library.opcheck(torch.ops.gpt4v_fast.attention_varlen.default, call)
 
 
 @pytest.mark.parametrize("case", OPCHECKED, ids=lambda case: case.name)
 def test_opcheck_of_the_backward(case):
     starts_q, starts_k = case.starts()
-    arguments = prepare(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, **case.tensors(), **dict(case.options))
-    out, lse = torch.ops.gpt4v_fast.attention_varlen(*arguments)
-    saved = (torch.ones_like(out), None, out, lse, *arguments[:5], *arguments[7:])
-    torch_library.opcheck(torch.ops.gpt4v_fast.attention_varlen_backward.default, saved)
+    starts = {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k}
+    call = call_of(gf.attention_varlen, **starts, **case.tensors(), **dict(case.options))
+    out, lse = torch.ops.gpt4v_fast.attention_varlen(*call)
+    wanted = (True, True, True, False, call.sinks is not None)
+    arguments = (torch.ones_like(out), None, *call, out, lse, *wanted)
+    torch_library.opcheck(torch.ops.gpt4v_fast.attention_varlen_backward.default, arguments)
 
 
 def test_compiles_without_a_graph_break():

@@ -3,7 +3,7 @@
 NVIDIA: the machine code, by cuobjdump and nvdisasm, which come inside the triton package. AMD: the assembly that the
 compiler keeps. Main loops are found in the control-flow graph (natural loops of back edges, by dominators), since their
 blocks need not be neighbours in memory. In the same graph reads of uniform registers are looked for that no path there
-has set: ptxas 12.8, which comes with Triton 3.6, has made such (docs/tuning.md).
+has set: ptxas 12.8, which comes with Triton 3.6, has made such (docs/notes/2026-11-gpu-attention.md).
 """
 
 from __future__ import annotations

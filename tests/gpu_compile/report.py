@@ -1,4 +1,4 @@
-"""Prints what the compiler makes of the launch tables as the Markdown tables of docs/tuning.md.
+"""Prints what the compiler makes of the launch tables as the Markdown tables of docs/notes/2026-11-gpu-machine-code.md.
 
     PYTHONPATH=tests python -m gpu_compile.report
 

@@ -11,7 +11,7 @@ import subprocess
 
 import pytest
 
-from gpt4v_fast import _cuda_launcher
+from gpt4v_fast.ops.patch_embed import cuda
 
 ARCHES = ("sm_80", "sm_90", "sm_100")
 KERNELS = {"bf16": "MatrixUnitsI13__nv_bfloat16E", "fp16": "MatrixUnitsI6__halfE", "fp32": "FmaUnitsE"}
@@ -19,14 +19,14 @@ KERNELS = {"bf16": "MatrixUnitsI13__nv_bfloat16E", "fp16": "MatrixUnitsI6__halfE
 MOST_REGISTERS = 128
 
 pytestmark = pytest.mark.skipif(
-    not _cuda_launcher.OBJECT.exists(), reason="there was no nvcc when the package was built, so no CUDA object"
+    not cuda.OBJECT.exists(), reason="there was no nvcc when the package was built, so no CUDA object"
 )
 
 
 @functools.cache
 def cuobjdump(*arguments: str) -> str:
     triton = pytest.importorskip("triton", reason="cuobjdump comes inside the triton package")
-    command = [triton.knobs.nvidia.cuobjdump.path, *arguments, str(_cuda_launcher.OBJECT)]
+    command = [triton.knobs.nvidia.cuobjdump.path, *arguments, str(cuda.OBJECT)]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -29,7 +29,8 @@ from loss_cases import poisoned as poisoned  # a fixture
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
-from gpt4v_fast._native import _C, view
+from gpt4v_fast._native import _C
+from gpt4v_fast.ops.loss.cross_entropy import CrossEntropyCall
 
 OPS = torch.ops.gpt4v_fast
 
@@ -325,8 +326,8 @@ def test_accumulates_into_an_existing_gradient():
 # The extension itself: memory it must not touch.
 
 
-def native_arguments(logits: torch.Tensor, target: torch.Tensor) -> tuple[Any, ...]:
-    return view(logits), view(target), None, IGNORED, 0.1, 0.0
+def native_call(logits: torch.Tensor, target: torch.Tensor) -> CrossEntropyCall:
+    return CrossEntropyCall(logits, target, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -337,12 +338,12 @@ def test_gradient_in_place(dtype, isa):
     rows = [torch.empty(6), torch.empty(6), torch.empty(6), torch.empty(6, dtype=torch.int64)]
     upstream = torch.randn(6), torch.randn(6)
     with gf.force(isa=isa):
-        _C.cross_entropy_forward(*native_arguments(logits, target), *map(view, rows), 2)
+        _C.cross_entropy_forward(native_call(logits, target), *rows, 2)
         _, lse, lse_low, _ = rows
         apart = torch.full_like(logits, math.nan)
         for out in (apart, logits):
             tensors = (lse, lse_low, *upstream, out)
-            _C.cross_entropy_backward(*native_arguments(logits, target), *map(view, tensors), 2)
+            _C.cross_entropy_backward(native_call(logits, target), *tensors, 2)
     assert torch.equal(apart, logits)
 
 
@@ -355,10 +356,10 @@ def test_a_bad_label_that_reaches_the_kernel_is_not_followed(isa):
     with gf.force(isa=isa):
         for target in (good, bad):
             nll, lse, low, argmax = torch.empty(4), torch.empty(4), torch.empty(4), torch.empty(4, dtype=torch.int64)
-            _C.cross_entropy_forward(*native_arguments(logits, target), *map(view, (nll, lse, low, argmax)), 1)
+            _C.cross_entropy_forward(native_call(logits, target), nll, lse, low, argmax, 1)
             gradient = torch.empty(4, 9)
             tensors = (lse, low, torch.ones(4), torch.ones(4), gradient)
-            _C.cross_entropy_backward(*native_arguments(logits, target), *map(view, tensors), 1)
+            _C.cross_entropy_backward(native_call(logits, target), *tensors, 1)
             results.append((nll, lse, argmax, gradient))
     for want, got in zip(*results, strict=True):
         assert torch.equal(got[[0, 3]], want[[0, 3]])

@@ -11,7 +11,7 @@ from loss_cases import BF16, FP32, IGNORED, class_weights, make_labels
 from torch import library as torch_library
 
 import gpt4v_fast as gf
-from gpt4v_fast import reference
+from gpt4v_fast import backends, reference
 
 OPS = torch.ops.gpt4v_fast
 
@@ -67,13 +67,16 @@ def test_explain_and_strict():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-def test_opcheck(dtype, weighted):
-    logits, target = torch.randn(6, 11, dtype=dtype), make_labels(6, 11, 0.3)
-    options = (class_weights(11) if weighted else None, IGNORED, 0.1, 3.0)
-    torch_library.opcheck(OPS.cross_entropy.default, (logits.requires_grad_(), target, *options, False))
-    nll, lse, _, low = OPS.cross_entropy(logits.detach(), target, *options, False)
-    arguments = (torch.ones_like(nll), torch.ones_like(lse), logits.detach(), target, lse, low, *options)
+@pytest.mark.parametrize("dtype, reduction, z_loss", [(FP32, "mean", 0.1), (BF16, "none", 0.0), (FP32, "sum", 0.1)])
+def test_opcheck(dtype, reduction, z_loss, weighted):
+    logits, target = torch.randn(6, 11, dtype=dtype, requires_grad=True), make_labels(6, 11, 0.3)
+    weight = class_weights(11) if weighted else None
+    options = {"weight": weight, "reduction": reduction, "label_smoothing": 0.1, "z_loss": z_loss, "softcap": 3.0}
+    call = backends.call_of(gf.cross_entropy, logits, target, **options)
+    torch_library.opcheck(OPS.cross_entropy.default, tuple(call))
+    call = call._replace(logits=logits.detach())
+    loss, lse, _, _, *saved = OPS.cross_entropy(*call)
+    arguments = (torch.ones_like(loss), torch.ones_like(lse), *call, lse, *saved, True)
     torch_library.opcheck(OPS.cross_entropy_backward.default, arguments)
 
 

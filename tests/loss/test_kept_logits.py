@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -24,8 +23,9 @@ from loss_cases import poisoned as poisoned  # a fixture
 from test_linear_cross_entropy import check
 
 import gpt4v_fast as gf
-from gpt4v_fast.ops import linear_cross_entropy_backends as op
-from gpt4v_fast.ops.linear_cross_entropy import prepare
+from gpt4v_fast import backends
+from gpt4v_fast.ops.loss import cpu
+from gpt4v_fast.ops.loss.linear_cross_entropy import AHEAD, LATER, NEVER, LinearCrossEntropyCall
 
 OPS = torch.ops.gpt4v_fast
 
@@ -49,34 +49,33 @@ CASES = [
     Case("plus-minus-1e4", 60, 1000, 16, spread=1e4, bias=FP32),
 ]
 # Bytes that there are for them: none, the header alone, a few tiles, and what the call asks for.
-ROOMS = {"none": 0, "header": 64, "some": 60_000, "all": op.KEPT_BYTES}
+ROOMS = {"none": 0, "header": 64, "some": 60_000, "all": cpu.KEPT_BYTES}
 
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("room", ROOMS.values(), ids=ROOMS.keys())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gradients(case, room, isa, poisoned, monkeypatch):
-    monkeypatch.setattr(op, "KEPT_BYTES", room)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", room)
     with gf.force(isa=isa):
         check(case)
 
 
-def call(case: Case, **changed: Any) -> tuple[list[Any], tuple[torch.Tensor, ...]]:
-    tensors = {**{name: x.requires_grad_() for name, x in case.tensors().items()}, **changed}
-    arguments = [
-        x.detach() if isinstance(x, torch.Tensor) else x
-        for x in prepare(target=case.target(), **tensors, **case.options())
-    ]
-    return arguments, OPS.linear_cross_entropy(*arguments)
+def call(case: Case) -> tuple[LinearCrossEntropyCall, tuple[torch.Tensor, ...]]:
+    tensors = {name: x.requires_grad_() for name, x in case.tensors().items()}
+    made = backends.call_of(gf.linear_cross_entropy, target=case.target(), **tensors, **case.options())
+    detached = LinearCrossEntropyCall(*(x.detach() if isinstance(x, torch.Tensor) else x for x in made))
+    return detached, OPS.linear_cross_entropy(*detached)
 
 
-def gradients(arguments: list[Any], outputs: tuple[torch.Tensor, ...], kept: torch.Tensor) -> list[torch.Tensor]:
-    """Of hidden and weight, from the kernel's backward with this memory."""
-    nll, lse, _, low, _ = outputs
-    hidden, weight, bias, target, *rest, _ = arguments
-    slopes = torch.ones_like(nll), torch.zeros_like(lse)
-    tail = (*rest, True, True, False)
-    return list(OPS.linear_cross_entropy_backward(*slopes, hidden, weight, bias, target, lse, low, kept, *tail))[:2]
+def gradients(
+    arguments: LinearCrossEntropyCall, outputs: tuple[torch.Tensor, ...], kept: torch.Tensor
+) -> list[torch.Tensor]:
+    """Of hidden and weight, from the op's backward with this memory."""
+    loss, lse, _, _, *saved, _ = outputs
+    wanted = (True, True, False)
+    found = OPS.linear_cross_entropy_backward(torch.ones_like(loss), None, *arguments, lse, *saved, kept, *wanted)
+    return list(found)[:2]
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -116,20 +115,25 @@ def test_memory_that_this_call_did_not_fill_is_not_read(isa):
 def test_kept_only_where_a_gradient_is_wanted():
     case = Case("", 20, 90, 16)
     tensors = case.tensors()
-    assert prepare(target=case.target(), **tensors)[-1] is False
+
+    def when_gradients() -> str:
+        return backends.call_of(gf.linear_cross_entropy, target=case.target(), **tensors).gradients
+
+    assert when_gradients() == NEVER
     tensors["weight"].requires_grad_()
-    assert prepare(target=case.target(), **tensors)[-1] is True
+    assert when_gradients() == AHEAD
     with torch.no_grad():
-        assert prepare(target=case.target(), **tensors)[-1] is False
-    arguments, outputs = call(case)
-    assert len(outputs[-1]) > 4 * 90 * 16 and len(OPS.linear_cross_entropy(*arguments[:-1], False)[-1]) == 0
+        assert when_gradients() == NEVER
+    for gradients, keeps in ((NEVER, False), (LATER, True), (AHEAD, True)):
+        kept = OPS.linear_cross_entropy(*call(case)[0]._replace(gradients=gradients))[-1]
+        assert len(kept) > 4 * 90 * 16 if keeps else len(kept) == 0
     torch.func.grad(lambda w: gf.linear_cross_entropy(tensors["hidden"], w, case.target()))(tensors["weight"].detach())
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("room", [60_000, op.KEPT_BYTES])
+@pytest.mark.parametrize("room", [60_000, cpu.KEPT_BYTES])
 def test_same_bits_at_any_number_of_threads_and_again(dtype, room, monkeypatch):
-    monkeypatch.setattr(op, "KEPT_BYTES", room)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", room)
     case = Case("", 130, 1200, 70, dtype, bias=FP32, label_smoothing=0.1)
     leaves = {name: x.requires_grad_() for name, x in case.tensors().items()}
 
@@ -147,10 +151,10 @@ def test_same_bits_at_any_number_of_threads_and_again(dtype, room, monkeypatch):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
-@pytest.mark.parametrize("room", [0, op.KEPT_BYTES])
+@pytest.mark.parametrize("room", [0, cpu.KEPT_BYTES])
 def test_lanes_without_a_token_add_nothing(dtype, isa, room, monkeypatch):
     """Even where exp(bias) alone, which is the logit there, is infinite."""
-    monkeypatch.setattr(op, "KEPT_BYTES", room)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", room)
     tensors = Case("", 5, 40, 16, dtype).tensors()
     bias = torch.full((40,), 1e4, requires_grad=True)
     leaves = [x.requires_grad_() for x in (*tensors.values(), bias)]

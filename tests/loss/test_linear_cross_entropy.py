@@ -32,7 +32,8 @@ from loss_cases import poisoned as poisoned  # a fixture
 
 import gpt4v_fast as gf
 from gpt4v_fast import reference
-from gpt4v_fast._native import _C, view
+from gpt4v_fast._native import _C
+from gpt4v_fast.ops.loss.linear_cross_entropy import LinearCrossEntropyCall
 
 OPS = torch.ops.gpt4v_fast
 
@@ -207,15 +208,15 @@ def test_gradients_into_any_strides():
         tensors = Case("", N, V, E, dtype).tensors()
         hidden, weight, target = tensors["hidden"], tensors["weight"], make_labels(N, V, 0.3)
         nll, lse, low, argmax = torch.empty(N), torch.empty(N), torch.empty(N), torch.empty(N, dtype=torch.int64)
-        head = (*map(view, (hidden, weight, None, target, None)), IGNORED, 0.0, 0.0)
-        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax, None)), 2)
+        call = LinearCrossEntropyCall(hidden, weight, None, target)
+        _C.linear_cross_entropy_forward(call, nll, lse, low, argmax, None, 2)
         results = []
         for spaced in (False, True):
             rooms = [torch.full((5 * rows * E,), 7.0, dtype=dtype) for rows in (N, V)]
             strides = (2 * E + 1, 2) if spaced else (E, 1)
             views = [room.as_strided((rows, E), strides, 3) for room, rows in zip(rooms, (N, V), strict=True)]
             further = (lse, low, None, torch.ones(N), torch.zeros(N), *views, None)
-            _C.linear_cross_entropy_backward(*head, *map(view, further), 2)
+            _C.linear_cross_entropy_backward(call, *further, 2)
             results.append([x.clone() for x in views])
             for room, x in zip(rooms, views, strict=True):
                 x.fill_(7.0)
@@ -307,11 +308,11 @@ def test_a_bad_label_that_reaches_the_kernel_is_not_followed(isa):
     target = torch.tensor([1, 2**62, -7, 4])
     nll, lse, low, argmax = torch.empty(4), torch.empty(4), torch.empty(4), torch.empty(4, dtype=torch.int64)
     grad_hidden, grad_weight = torch.empty(4, 8), torch.empty(9, 8)
-    head = (*map(view, (hidden, weight, None, target, None)), IGNORED, 0.0, 0.0)
+    call = LinearCrossEntropyCall(hidden, weight, None, target)
     with gf.force(isa=isa):
-        _C.linear_cross_entropy_forward(*head, *map(view, (nll, lse, low, argmax, None)), 1)
+        _C.linear_cross_entropy_forward(call, nll, lse, low, argmax, None, 1)
         further = (lse, low, None, torch.ones(4), torch.zeros(4), grad_hidden, grad_weight, None)
-        _C.linear_cross_entropy_backward(*head, *map(view, further), 1)
+        _C.linear_cross_entropy_backward(call, *further, 1)
     assert nll[1:3].isnan().all() and lse[1:3].isnan().all() and grad_hidden[1:3].isnan().all()
     assert nll[[0, 3]].isfinite().all() and grad_hidden[[0, 3]].isfinite().all()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -31,9 +32,10 @@ from random_rounding import BITS
 from test_linear_cross_entropy import as_torch
 
 import gpt4v_fast as gf
-from gpt4v_fast import reference
-from gpt4v_fast._native import _C, view
-from gpt4v_fast.ops import linear_cross_entropy_gradients as op
+from gpt4v_fast import backends, reference
+from gpt4v_fast._native import _C
+from gpt4v_fast.ops.loss import cpu
+from gpt4v_fast.ops.loss.linear_cross_entropy import LinearCrossEntropyCall
 
 # 4.3 MB of it are scratch. Of most cases the rest holds the logits of some 100 tokens, which make a part; of the widest
 # it holds too few for that, and some logits are computed twice.
@@ -79,16 +81,16 @@ HALF_CASES = [
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Small problems take this way too, in several parts; the tokens of each computation."""
-    monkeypatch.setattr(op, "EXTRA_BYTES", ROOM)
-    monkeypatch.setattr(op, "KEPT_BY_OP", -1)
+    monkeypatch.setattr(cpu, "EXTRA_BYTES", ROOM)
+    monkeypatch.setattr(cpu, "KEPT_BY_OP", -1)
     found: list[int] = []
-    compute = op._compute
+    compute = cpu.LinearWithGradients._compute
 
-    def counting(wanted: tuple[bool, ...], hidden: torch.Tensor, *rest: Any) -> Any:
-        found.append(len(hidden))
-        return compute(wanted, hidden, *rest)
+    def counting(backend: Any, call: LinearCrossEntropyCall, wanted: Any) -> Any:
+        found.append(len(call.hidden))
+        return compute(backend, call, wanted)
 
-    monkeypatch.setattr(op, "_compute", counting)
+    monkeypatch.setattr(cpu.LinearWithGradients, "_compute", counting)
     yield found
 
 
@@ -122,7 +124,7 @@ def test_loss_and_gradients(case, isa, calls, poisoned):
 @pytest.mark.parametrize("room", HALF_ROOMS)
 @pytest.mark.parametrize("case", HALF_CASES, ids=lambda case: case.name)
 def test_16_bits(case, room, isa, calls, poisoned, monkeypatch):
-    monkeypatch.setattr(op, "EXTRA_BYTES", HALF_ROOMS[room])
+    monkeypatch.setattr(cpu, "EXTRA_BYTES", HALF_ROOMS[room])
     with gf.force(isa=isa):
         check(case)
     assert calls
@@ -131,7 +133,7 @@ def test_16_bits(case, room, isa, calls, poisoned, monkeypatch):
 @pytest.mark.parametrize("room", [52_000_000, 60 << 20], ids=["two-parts", "one-part"])
 def test_large_rows(room, calls, poisoned, monkeypatch):
     """Rows of grad_weight of over 16 MiB, which go past the caches where there are tiles, in the last part."""
-    monkeypatch.setattr(op, "EXTRA_BYTES", room)
+    monkeypatch.setattr(cpu, "EXTRA_BYTES", room)
     check(Case("", 2600, 8000, 1056, BF16, ignored=0.0, reduction="mean"))
     assert calls
 
@@ -157,7 +159,7 @@ def test_large_rows(room, calls, poisoned, monkeypatch):
 def test_any_arguments(room, factor, **arguments):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("EXTRA_BYTES", room), ("KEPT_BY_OP", -1)):
-            patch.setattr(op, name, value)
+            patch.setattr(cpu, name, value)
         check(Case("drawn", **arguments, reduction="sum"), factor)
 
 
@@ -289,25 +291,27 @@ def test_not_taken_where_it_does_not_serve(calls):
     assert len(calls) == 2
 
 
-def test_large_problems_take_it_by_themselves(monkeypatch):
-    monkeypatch.setattr(op, "_compute", lambda *arguments: pytest.fail("taken"))
+def test_large_problems_take_it_by_themselves():
+    def is_taken(*tensors: torch.Tensor, **options: Any) -> bool:
+        kernel = gf.explain(gf.linear_cross_entropy, *tensors, **options).kernel
+        return kernel == "_C.linear_cross_entropy_gradients"
+
     for dtype, N, taken in ((FP32, 300, True), (FP32, 200, False), (BF16, 600, True), (BF16, 400, False)):
         V = 60_000
         hidden, weight = torch.randn(N, 1, requires_grad=True), torch.randn(V, 1, requires_grad=True)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
-        arguments = (hidden, weight, None, torch.zeros(N, dtype=torch.int64), None, IGNORED, 0.0, 0.0, 0, True)
-        assert (op.known_slopes(arguments, "mean", 0.0) is not None) == taken
-        frozen = (hidden, weight.detach(), *arguments[2:])
-        assert (op.known_slopes(frozen, "mean", 0.0) is not None) == (taken and dtype == FP32)
+        target = torch.zeros(N, dtype=torch.int64)
+        assert is_taken(hidden, weight, target) == taken and not is_taken(hidden, weight, target, reduction="none")
+        assert is_taken(hidden, weight.detach(), target) == (taken and dtype == FP32)
 
 
 def test_the_kernel_refuses_a_gradient_with_gaps():
     hidden, weight, rows = torch.zeros(2, 4, dtype=BF16), torch.zeros(3, 4, dtype=BF16), torch.zeros(2)
     labels = torch.zeros(2, dtype=torch.int64)
-    head = (*map(view, (hidden, weight, None, labels, None)), IGNORED, 0.0, 0.0, *map(view, (rows, rows, rows, labels)))
+    call = LinearCrossEntropyCall(hidden, weight, None, labels)
     for gradient in (torch.zeros(3, 8, dtype=BF16)[:, ::2], torch.zeros(3, 8, dtype=BF16)[:, :4]):
         with pytest.raises(ValueError, match="grad_weight: expected a contiguous tensor"):
-            _C.linear_cross_entropy_gradients(*head, 1.0, 0.0, None, view(gradient), None, ROOM, 1)
+            _C.linear_cross_entropy_gradients(call, rows, rows, rows, labels, 1.0, 0.0, None, gradient, None, ROOM, 1)
 
 
 MEMORY = """
@@ -326,12 +330,36 @@ def test_extra_memory_is_bounded(N, V, E):
     assert extra <= 64 << 20 < 2 * N * V, f"{extra / 2**20:.1f} MiB beside the gradients"
 
 
+def test_memory_of_an_earlier_call_is_not_read(calls, monkeypatch):
+    """No logits are kept on this way. What memory for them held before is not taken for this call's, where a gradient
+    of the statistics beside the loss has them computed again."""
+    case = Case("", 130, 301, 34, bias=FP32, reduction="mean")
+    stale: list[torch.Tensor] = []
+    op = importlib.import_module("gpt4v_fast.ops.loss.linear_cross_entropy")  # the package has a function of this name
+    empty = op._kept
+    monkeypatch.setattr(op, "_kept", lambda call: stale[0] if stale else empty(call))
+
+    def run(scale: float) -> list[torch.Tensor]:
+        leaves = {name: (scale * x).requires_grad_() for name, x in case.tensors().items()}
+        loss, stats = gf.linear_cross_entropy(target=case.target(), **leaves, **case.options(), return_stats=True)
+        return list(torch.autograd.grad(loss + stats.lse.sum(), leaves.values()))
+
+    want = run(1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "KEPT_BY_OP", 1 << 40)
+        leaves = {name: (2.0 * x).requires_grad_() for name, x in case.tensors().items()}
+        call = backends.call_of(gf.linear_cross_entropy, target=case.target(), **leaves, **case.options())
+        stale.append(torch.ops.gpt4v_fast.linear_cross_entropy(*call)[-1])
+    assert stale[0].numel() > 4 * 130 * 301 and stale[0][:8].any()
+    assert all(torch.equal(a, b) for a, b in zip(run(1.0), want, strict=True)) and calls == [130, 130]
+
+
 def test_a_loss_that_is_not_finite_is_as_ever(calls, monkeypatch):
     hidden, weight = torch.randn(20, 4), torch.randn(500, 4, requires_grad=True)
     hidden[3, 0] = math.inf
     results = []
     for kept_by_op in (-1, 1 << 40):
-        monkeypatch.setattr(op, "KEPT_BY_OP", kept_by_op)
+        monkeypatch.setattr(cpu, "KEPT_BY_OP", kept_by_op)
         loss = gf.linear_cross_entropy(hidden, weight, torch.zeros(20, dtype=torch.int64), z_loss=0.1)
         results.append((loss, *torch.autograd.grad(loss, weight)))
     assert calls == [20] and not results[0][0].isfinite()

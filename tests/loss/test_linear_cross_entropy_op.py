@@ -12,8 +12,7 @@ from loss_cases import LinearCase as Case
 from torch import library as torch_library
 
 import gpt4v_fast as gf
-from gpt4v_fast import reference
-from gpt4v_fast.ops.linear_cross_entropy import prepare
+from gpt4v_fast import backends, reference
 
 OPS = torch.ops.gpt4v_fast
 
@@ -78,16 +77,13 @@ def test_explain():
 @pytest.mark.parametrize("everything", [False, True])
 def test_opcheck(everything, shift):
     case = Case("", 6, 11, 8, bias=FP32, **EVERYTHING) if everything else Case("", 6, 11, 8, BF16)
-    options = case.options()
     tensors = {name: x.requires_grad_() for name, x in case.tensors().items()}
-    arguments = prepare(target=case.target(), shift=shift, **tensors, **options)
-    torch_library.opcheck(OPS.linear_cross_entropy.default, arguments)
-    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-    nll, lse, _, low, kept = OPS.linear_cross_entropy(*detached)
-    hidden, weight, bias, target, *rest, _ = detached
-    upstream = torch.ones_like(nll), torch.ones_like(lse)
-    backward = (*upstream, hidden, weight, bias, target, lse, low, kept, *rest, True, True, bias is not None)
-    torch_library.opcheck(OPS.linear_cross_entropy_backward.default, backward)
+    call = backends.call_of(gf.linear_cross_entropy, target=case.target(), shift=shift, **tensors, **case.options())
+    torch_library.opcheck(OPS.linear_cross_entropy.default, tuple(call))
+    detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in call]
+    loss, lse, _, _, *saved = OPS.linear_cross_entropy(*detached)
+    upstream, wanted = (torch.ones_like(loss), torch.ones_like(lse)), (True, True, call.bias is not None)
+    torch_library.opcheck(OPS.linear_cross_entropy_backward.default, (*upstream, *detached, lse, *saved, *wanted))
 
 
 def test_gradcheck_of_the_oracle():

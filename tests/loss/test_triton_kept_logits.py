@@ -52,8 +52,9 @@ def check(case: Case, constants: dict[str, int]) -> None:
         loss, stats = reference.linear_cross_entropy(hidden, weight, target, return_stats=True, **options)
         return loss, stats.lse, stats.z_loss
 
+    run = interpreted(target, options, constants, "kernels.linear_cross_entropy (keeping logits)")
     compare(
-        interpreted(target, options, constants, "kernels.linear_cross_entropy"), oracle, case.tensors(),
+        run, oracle, case.tensors(),
         gradients=("hidden", "weight"), native=lambda hidden, weight: oracle(hidden.float(), weight.float()),
         output_names=("loss", "lse", "z_loss"), backward_operands=BITS[BF16],
     )  # fmt: skip
@@ -132,7 +133,7 @@ def test_three_ways_have_one_interface():
     "with_bias, of_hidden, of_weight", [(False, True, True), (False, True, False), (True, True, True)]
 )
 def test_the_kept_way_runs_by_the_common_interface(with_bias, of_hidden, of_weight):
-    """Its backward is that of kept logits where there are some and weight's gradient is asked for, else the fused one."""
+    """Its backward is that of kept logits where there are some and weight's gradient is wanted, else the fused one."""
     case = Case("", 2 * BLOCK, UNIT, BLOCK, BF16)
     tensors = case.tensors()
     arguments = (tensors["hidden"], tensors["weight"], torch.ones(UNIT) if with_bias else None, case.target())

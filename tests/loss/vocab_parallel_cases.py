@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import library as torch_library
 
 import gpt4v_fast as gf
+from gpt4v_fast import backends
 
 OPS = {"linear_cross_entropy": gf.linear_cross_entropy, "cross_entropy": gf.cross_entropy}
 
@@ -239,8 +240,6 @@ def under_autocast_and_transforms(group: Any, hidden: torch.Tensor, weight: torc
 
 def registered(group: Any) -> None:
     """opcheck of the sharded ops in every process at once."""
-    from gpt4v_fast.ops import cross_entropy, linear_cross_entropy
-
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     torch.manual_seed(0)
     hidden, weight, target = (
@@ -248,12 +247,11 @@ def registered(group: Any) -> None:
         torch.randn(3 * ranks, 8).chunk(ranks)[rank],
         torch.randint(0, 3 * ranks, (5,)),
     )
-    numbers = (None, -100, "mean", 0.1, 0.0, 3.0)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "process_group": group}
     ops = torch.ops.gpt4v_fast
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    arguments = linear_cross_entropy.prepare(
-        hidden.requires_grad_(), weight.requires_grad_(), target, None, *numbers, process_group=group
-    )
-    torch_library.opcheck(ops.sharded_linear_cross_entropy.default, arguments, test_utils=tests)
-    arguments = cross_entropy.prepare(hidden, target % 8, *numbers, process_group=group)
-    torch_library.opcheck(ops.sharded_cross_entropy.default, arguments, test_utils=tests)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    call = backends.call_of(gf.linear_cross_entropy, hidden, weight, target, **options)
+    torch_library.opcheck(ops.sharded_linear_cross_entropy.default, tuple(call), test_utils=tests)
+    call = backends.call_of(gf.cross_entropy, hidden, target % 8, **options)
+    torch_library.opcheck(ops.sharded_cross_entropy.default, tuple(call), test_utils=tests)

@@ -14,6 +14,7 @@ import torch
 
 import gpt4v_fast as gf
 from gpt4v_fast import _C, _native
+from gpt4v_fast.ops.attention.api import AttentionCall
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _LIBC.mmap.restype = ctypes.c_void_p
@@ -50,9 +51,9 @@ def run(side: str, dtype: torch.dtype, S: int, T: int, D: int, Dv: int, **option
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     # The outputs too, which only the binding lets us place.
     out, lse = guarded(torch.zeros(1, 4, S, Dv, dtype=dtype), side), guarded(torch.zeros(1, 4, S), side)
-    plain = [True, True, -1, -1, D**-0.5, 0.0, 0.0, 0]
     views = [_native.view(guarded(x, side)) for x in near]
-    _C.attention_forward(*views, *[None] * 11, *plain, _native.view(out), _native.view(lse), 1)
+    call = AttentionCall(*views, causal=True, scale=D**-0.5)
+    _C.attention_forward(call, _native.view(out), _native.view(lse), 1)
     if not options:
         assert torch.equal(out, results[0][0])
     print("ok")

@@ -6,12 +6,15 @@ python guarded_loss.py ISA end|begin      prints "ok" for each case
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import torch
 from guarded_attention import guarded
-from loss_cases import BF16, FP32, make_labels
 
 import gpt4v_fast as gf
+
+sys.path.append(str(Path(__file__).parents[1] / "loss"))  # a program of its own knows its own folder alone
+from loss_cases import BF16, FP32, make_labels
 
 # (N, V, E): one over and one under the 16 rows and 32 terms of a tile, and rows and terms that are less than one.
 SIZES = [(1, 1, 1), (5, 7, 3), (15, 17, 31), (16, 16, 32), (17, 97, 33), (49, 191, 34), (50, 209, 64), (64, 300, 70)]

@@ -13,6 +13,7 @@ import torch
 import gpt4v_fast as gf
 from gpt4v_fast import _native, backends
 from gpt4v_fast._native import _C
+from gpt4v_fast.ops.attention.api import AttentionCall
 
 ROOT = Path(__file__).resolve().parents[2]
 ISAS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
@@ -98,25 +99,30 @@ def test_the_bindings_refuse_what_would_read_out_of_bounds():
     q, short = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 3, 8)
     lse = torch.zeros(1, 1, 4)
     v = _native.view
-    options = [None] * 11 + [False, False, -1, -1, 1.0, 0.0, 0.0, 0]
     with pytest.raises(ValueError, match=r"v: expected shape \(1, 1, 4, 8\), got \(1, 1, 3, 8\)"):
-        _C.attention_forward(v(q), v(q), v(short), *options, v(q), v(lse), 1)
+        _C.attention_forward(AttentionCall(v(q), v(q), v(short)), v(q), v(lse), 1)
     with pytest.raises(ValueError, match="threads: expected at least 1, got 0"):
-        _C.attention_forward(v(q), v(q), v(q), *options, v(q), v(lse), 0)
-    with pytest.raises(TypeError):
-        _C.attention_forward("q", v(q), v(q), *options, v(q), v(lse), 1)
+        _C.attention_forward(AttentionCall(v(q), v(q), v(q)), v(q), v(lse), 0)
+    with pytest.raises(ValueError, match="q: expected a CPU tensor"):
+        _C.attention_forward(AttentionCall("q", v(q), v(q)), v(q), v(lse), 1)
+    with pytest.raises(ValueError, match="call: expected 24 fields"):
+        _C.attention_forward((v(q), v(q), v(q)), v(q), v(lse), 1)
+    with pytest.raises(ValueError, match="q: expected a field of the call"):
+        _C.read_attention_calls(["k", "v"])
+    _C.read_attention_calls(AttentionCall._fields)
 
 
 def test_explain_says_which_kernel_and_strict_refuses_the_reference():
     q = torch.randn(1, 1, 2, 4)
     choice = gf.explain(gf.attention, q, q, q)
     assert choice.backend == "cpu" and _C.isa() in str(choice)
-    assert any(name == "kernels.attention" for name, _ in backends._pick(
-        backends.Request("attention", "meta", torch.float32), None).rejected)  # fmt: skip
+    on_meta = q.to("meta")
+    refused = gf.explain(gf.attention, on_meta, on_meta, on_meta).rejected
+    assert any(name == "kernels.attention" for name, _ in refused)
     with gf.strict():
         gf.attention(q, q, q)
         with pytest.raises(gf.FallbackError, match=r"strict mode is on: not _C\.attention: the tensors are on meta"):
-            backends.pick(backends.Request("attention", "meta", torch.float32))
+            backends.pick(backends.call_of(gf.attention, on_meta, on_meta, on_meta))
     with pytest.raises(TypeError, match="function: expected one of attention"):
         gf.explain(print, q)
 

@@ -11,9 +11,11 @@ from attention_cases import BF16, FP16, FP32, ISAS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gpt4v_fast as gf
-from gpt4v_fast import _native, reference
+from gpt4v_fast import _native
 from gpt4v_fast._native import _C
-from gpt4v_fast.ops import library
+from gpt4v_fast.backends import call_of
+from gpt4v_fast.ops import modes
+from gpt4v_fast.ops.attention import reference as oracle
 
 
 def small(dtype: torch.dtype = FP32, gradient: bool = False) -> list[torch.Tensor]:
@@ -23,8 +25,8 @@ def small(dtype: torch.dtype = FP32, gradient: bool = False) -> list[torch.Tenso
 
 def test_what_is_forced_later_is_honoured(monkeypatch):
     calls = []
-    core = reference.attention_core
-    monkeypatch.setattr(reference, "attention_core", lambda *a, **k: calls.append(1) or core(*a, **k))
+    core = oracle.attention_core
+    monkeypatch.setattr(oracle, "attention_core", lambda *a, **k: calls.append(1) or core(*a, **k))
     q, k, v = small()
     fast = gf.attention(q, k, v)
     assert not calls
@@ -66,17 +68,10 @@ def test_a_subclass_is_served_by_the_op():
 
 def test_parameters_are_plain_and_get_gradients():
     leaves = [torch.nn.Parameter(x) for x in small()]
-    assert _C.plain_arguments(tuple(leaves)) == library._PLAIN_WITH_GRADIENT
+    assert _C.plain_arguments(tuple(leaves)) == modes.PLAIN_WITH_GRADIENT
     grads = torch.autograd.grad(gf.attention(*leaves).sum(), leaves)
-    assert all(torch.equal(a, b) for a, b in zip(
-        grads, torch.autograd.grad(torch.ops.gpt4v_fast.attention(*prepared(leaves))[0].sum(), leaves), strict=True
-    ))  # fmt: skip
-
-
-def prepared(tensors: list[torch.Tensor]) -> tuple[Any, ...]:
-    from gpt4v_fast.ops.attention import prepare
-
-    return prepare(*tensors)
+    out, _ = torch.ops.gpt4v_fast.attention(*call_of(gf.attention, *leaves))
+    assert all(torch.equal(a, b) for a, b in zip(grads, torch.autograd.grad(out.sum(), leaves), strict=True))
 
 
 def test_an_input_changed_before_the_backward_is_refused():
@@ -90,33 +85,39 @@ def test_an_input_changed_before_the_backward_is_refused():
 
 def test_what_is_not_plain():
     x = torch.ones(2)
-    assert _C.plain_arguments((x, None, 1, 2.0, True, "name")) == library._PLAIN
-    assert _C.plain_arguments((x, x.clone().requires_grad_())) == library._PLAIN_WITH_GRADIENT
-    for other in (x.to("meta"), x.to_sparse(), x.double(), x.as_subclass(type("Own", (torch.Tensor,), {})), [x]):
-        assert _C.plain_arguments((x, other)) == library._NOT_PLAIN
+    assert _C.plain_arguments((x, None, 1, 2.0, True, "name")) == modes.PLAIN
+    assert _C.plain_arguments((x, x.clone().requires_grad_())) == modes.PLAIN_WITH_GRADIENT
+    for other in (
+        x.to("meta"),
+        x.to_sparse(),
+        x.to(torch.complex64),
+        x.as_subclass(type("Own", (torch.Tensor,), {})),
+        [x],
+    ):
+        assert _C.plain_arguments((x, other)) == modes.NOT_PLAIN
 
 
 def test_what_is_plain_by_dispatch_keys():
     """How tensors on a GPU are told, here with those of a CPU."""
     x = torch.ones(2)
 
-    library.plain_tensor.cache_clear()
+    modes.plain_tensor.cache_clear()
     with torch.inference_mode():
-        library.plain_tensor("cpu")
+        modes.plain_tensor("cpu")
 
     def kind(*args: Any) -> int:
-        return library.plain_arguments_like(library.plain_tensor("cpu"), args)
+        return modes.plain_arguments_like(modes.plain_tensor("cpu"), args)
 
-    assert kind(x, None, 1, 2.0, True, "name") == library._PLAIN
-    assert kind(x[::2], torch.nn.Parameter(x), x.double()) == library._PLAIN_WITH_GRADIENT
+    assert kind(x, None, 1, 2.0, True, "name") == modes.PLAIN
+    assert kind(x[::2], torch.nn.Parameter(x), x.double()) == modes.PLAIN_WITH_GRADIENT
     with torch.inference_mode():
         others = [torch.ones(2)]
     others += [x.to("meta"), x.to_sparse(), x.as_subclass(type("Own", (torch.Tensor,), {})), torch._neg_view(x)]
     for other in (*others, torch.ones(2, dtype=torch.complex64).conj(), [x]):
-        assert kind(x, other) == library._NOT_PLAIN
+        assert kind(x, other) == modes.NOT_PLAIN
     seen = []
     torch.func.vmap(lambda row: (seen.append(kind(row)), row)[1])(torch.ones(2, 2))
-    assert seen == [library._NOT_PLAIN]
+    assert seen == [modes.NOT_PLAIN]
 
 
 def test_plain_tensors_on_a_gpu_skip_the_dispatcher(monkeypatch):
@@ -132,9 +133,9 @@ def test_plain_tensors_on_a_gpu_skip_the_dispatcher(monkeypatch):
 
     want = results()
     fit = _C.do_attention_tensors_fit
-    not_plain = types.SimpleNamespace(plain_arguments=lambda args: library._NOT_PLAIN, do_attention_tensors_fit=fit)
-    monkeypatch.setattr(library, "_C", not_plain)
-    monkeypatch.setattr(library, "plain_tensor", lambda device: torch.empty(0))
+    not_plain = types.SimpleNamespace(plain_arguments=lambda args: modes.NOT_PLAIN, do_attention_tensors_fit=fit)
+    monkeypatch.setattr(modes, "_C", not_plain)
+    monkeypatch.setattr(modes, "plain_tensor", lambda device: torch.empty(0))
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.autograd, "_profiler_enabled", lambda: False)  # or calls would be for it to see
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -163,7 +164,7 @@ def test_a_tensor_is_read_as_what_its_attributes_say(dtype):
 
 
 def test_a_tensor_that_the_extension_cannot_read_is_refused():
-    for x in (torch.ones(2, device="meta"), torch.ones(2, dtype=torch.float64), torch.ones(1, 1, 1, 1, 1, 1, 1)):
+    for x in (torch.ones(2, device="meta"), torch.ones(2, dtype=torch.complex64), torch.ones(1, 1, 1, 1, 1, 1, 1)):
         with pytest.raises((TypeError, RuntimeError)):
             _C.peak_read(x, 1, 0.001)
 

@@ -17,8 +17,9 @@ from patch_cases import BF16, CASES, FP16, FP32, UINT8, Case, in_torch
 from torch import library as torch_library
 
 import gpt4v_fast as gf
-from gpt4v_fast import _cuda_launcher, backends, reference
-from gpt4v_fast.ops.patch_embed import prepare
+from gpt4v_fast import backends, reference
+from gpt4v_fast.backends import call_of
+from gpt4v_fast.ops.patch_embed import cuda
 
 ROOT = Path(__file__).parents[2]
 OPS = torch.ops.gpt4v_fast
@@ -32,14 +33,13 @@ REGISTERED = [
 @pytest.mark.parametrize("case", REGISTERED, ids=lambda case: case.name)
 def test_opcheck(case):
     tensors = {name: x.requires_grad_(name in case.gradients) for name, x in case.tensors().items()}
-    arguments = prepare(**tensors, **case.options(), out_dtype=case.out_dtype)
-    torch_library.opcheck(OPS.patch_embed.default, arguments)
-    pixels, weight, _, scale, shift, *_ = (x.detach() if isinstance(x, torch.Tensor) else x for x in arguments)
-    grad = torch.ones(case.B, case.N, case.E, dtype=arguments[-1])
+    call = call_of(gf.patch_embed, **tensors, **case.options(), out_dtype=case.out_dtype)
+    torch_library.opcheck(OPS.patch_embed.default, call)
+    detached = (x.detach() if isinstance(x, torch.Tensor) else x for x in call)
+    arguments = (torch.ones(case.B, case.N, case.E, dtype=call.out_dtype), *detached)
     for needs_pixels in {False, case.pixels != UINT8}:
-        torch_library.opcheck(
-            OPS.patch_embed_backward.default, (grad, pixels, weight, scale, shift, True, needs_pixels)
-        )
+        wanted = (needs_pixels, True, call.bias is not None, call.pos_embed is not None)
+        torch_library.opcheck(OPS.patch_embed_backward.default, (*arguments, *wanted))
 
 
 def test_gradcheck_of_the_oracle():
@@ -143,18 +143,13 @@ def test_explain_on_a_gpu(capability, built, backend, why, monkeypatch):
     """There is no GPU here: torch is told to name one, and nothing is launched."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(_cuda_launcher, "_library", lambda: object() if built else None)
-    monkeypatch.setattr(backends._settings, "cache", {})
-    request = backends.Request("patch_embed", "cuda", BF16)
-    with gf.strict(False):
-        choice = backends.pick(request)
+    monkeypatch.setattr(cuda, "_library", lambda: object() if built else None)
+    choice = backends.choose(backends.Traits("patch_embed", "cuda", BF16))
     assert choice.backend == backend
     if backend == "cuda":
         assert "backward: torch's unfold and matmul" in str(choice)
     else:
         assert any(name.startswith("_cuda.") and why in reason for name, reason in choice.rejected)
-        with gf.strict(), pytest.raises(gf.FallbackError, match=why):
-            backends.pick(request)
 
 
 @pytest.fixture(scope="module")
@@ -164,33 +159,33 @@ def cuda_on_cpu(tmp_path_factory):
     command = [*shlex.split(os.environ.get("CXX", "g++")), "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-x", "c++"]
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
     subprocess.run([*command, *includes, str(ROOT / "csrc/cuda/patch_embed.cu"), "-o", str(path)], check=True)
-    return _cuda_launcher.load(path)
+    return cuda.load(path)
 
 
 @pytest.mark.parametrize(
     "case", [c for c in CASES if c.N <= 16 and c.layout != "expanded over the batch"], ids=lambda case: case.name
 )
 def test_the_launcher_hands_over_every_argument(case, cuda_on_cpu, monkeypatch):
-    monkeypatch.setattr(_cuda_launcher, "_library", lambda: cuda_on_cpu)
+    monkeypatch.setattr(cuda, "_library", lambda: cuda_on_cpu)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    arguments = prepare(**case.tensors(), **case.options(), out_dtype=case.out_dtype)
-    want = OPS.patch_embed(*arguments)
+    call = call_of(gf.patch_embed, **case.tensors(), **case.options(), out_dtype=case.out_dtype)
+    want = OPS.patch_embed(*call)
     tokens = torch.full_like(want, math.nan)
-    _cuda_launcher.patch_embed_forward(*arguments[:-1], tokens)
+    cuda.patch_embed_forward(call, tokens)
     # 16-bit weights: here the normalised pixels are rounded to 16 bits too.
     eps = torch.finfo(case.weight).eps
     torch.testing.assert_close(tokens.float(), want.float(), rtol=4 * eps, atol=4 * eps * float(want.abs().max()))
 
 
-@pytest.mark.skipif(not _cuda_launcher.OBJECT.exists(), reason="the package was built without nvcc")
+@pytest.mark.skipif(not cuda.OBJECT.exists(), reason="the package was built without nvcc")
 def test_the_cuda_object_loads_without_a_gpu_and_refuses_what_it_does_not_take():
-    library = _cuda_launcher._library()
+    library = cuda._library()
     assert library is not None and b"invalid" in library.gpt4v_fast_cuda_error(1)
 
     def call(B: int, H: int, weight_dtype: int) -> int:
-        sizes, strides = _cuda_launcher._int64s((B, 3, 1, H, 4)), _cuda_launcher._int64s((12 * H, 4 * H, 0, 4, 1))
-        filters = _cuda_launcher._int64s((5, 3, 1, 2, 2))
+        sizes, strides = cuda._int64s((B, 3, 1, H, 4)), cuda._int64s((12 * H, 4 * H, 0, 4, 1))
+        filters = cuda._int64s((5, 3, 1, 2, 2))
         tensors = (None, 3, sizes, strides, None, weight_dtype, filters, None, 0, None, None, None, 0, None, 0)
         return library.gpt4v_fast_patch_embed_forward(*tensors, None)
 

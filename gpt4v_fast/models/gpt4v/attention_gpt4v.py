@@ -41,7 +41,8 @@ def gpt4v_fast_attention(
         s_aux: one extra logit per head in the denominator (attention sinks).
         position_bias: added to the scores.
     """
-    mask, bias = attention_mask, position_bias
+    mask: Any = attention_mask
+    bias = position_bias
     if isinstance(mask, torch.Tensor):
         mask, bias = None, mask if bias is None else _joined(mask, bias)
     elif mask is None:

@@ -137,6 +137,8 @@ class GPT4VImageProcessor(BaseImageProcessor):
             raise ValueError(f"data_format must be channels_first or channels_last, got {data_format!r}")
         size = self.size if size is None else _sides(size)
         crop_size = self.crop_size if crop_size is None else _crop_sides(crop_size)
+        sides: Any = size
+        crop: Any = crop_size
         resample = self.resample if resample is None else int(resample)
         self._check(size, crop_size, resample)
         sources: Sequence[Any] = flatten_images(images)
@@ -146,9 +148,9 @@ class GPT4VImageProcessor(BaseImageProcessor):
         for source in sources:
             image = open_image(source, input_data_format)
             if self.do_resize if do_resize is None else do_resize:
-                image = _resize(image, size, RESAMPLINGS[resample])
+                image = _resize(image, sides, RESAMPLINGS[resample])
             if self.do_center_crop if do_center_crop is None else do_center_crop:
-                image = _center_crop(image, crop_size["height"], crop_size["width"])
+                image = _center_crop(image, crop["height"], crop["width"])
             array = np.asarray(image)
             pixels.append(array if data_format == "channels_last" else array.transpose(2, 0, 1))
         shapes = sorted({array.shape for array in pixels})

@@ -134,7 +134,11 @@ def _to_bytes(data: np.ndarray) -> np.ndarray:
 
 def _from_array(array: np.ndarray | torch.Tensor, layout: str | None) -> Image.Image:
     tensor = isinstance(array, torch.Tensor)
-    data = (array.float() if array.is_floating_point() else array).detach().cpu().numpy() if tensor else array
+    data: np.ndarray
+    if isinstance(array, torch.Tensor):
+        data = (array.float() if array.is_floating_point() else array).detach().cpu().numpy()
+    else:
+        data = array
     shape, counts = data.shape, (1, 3, 4)
     if data.ndim == 3:
         first, last = shape[0] in counts, shape[2] in counts

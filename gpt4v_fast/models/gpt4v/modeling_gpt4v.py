@@ -134,6 +134,7 @@ class GPT4VModel(GPT4VPreTrainedModel):
         """True (B, S) where an image's token stands; inputs_embeds go before input_ids. See `forward`."""
         image = self.config.image_token_id
         if inputs_embeds is None:
+            assert input_ids is not None, "one of both is given"
             return input_ids == image
         if mm_token_type_ids is None:
             embedding = self.get_input_embeddings()(torch.tensor([image], device=inputs_embeds.device))
@@ -153,8 +154,9 @@ class GPT4VModel(GPT4VPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         where = self.image_places(input_ids, inputs_embeds, mm_token_type_ids)
-        if input_ids is None:
+        if inputs_embeds is not None:
             return inputs_embeds, where
+        assert input_ids is not None
         table = self.get_input_embeddings()
         if input_ids.device.type == "cpu" and input_ids.numel():
             low, high = (int(bound) for bound in input_ids.aminmax())

@@ -1,4 +1,4 @@
-"""Patch embedding of images of different sizes, one after the other."""
+"""The oracle of patch embedding of images of different sizes, one after the other."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from gpt4v_fast.reference.patch_embed import patch_embed
+from gpt4v_fast.ops.patch_embed.reference import patch_embed
 
 
 def patch_embed_packed(

@@ -1,7 +1,7 @@
-"""The bridge to the CUDA object (csrc/cuda/patch_embed.cu): loaded by ctypes when a CUDA tensor first asks for it.
+"""Patch embedding by the CUDA object (csrc/cuda/patch_embed.cu), loaded by ctypes when a CUDA tensor first asks for it.
 
 The object holds its own CUDA runtime and shares the process's driver with torch, so a pointer and a stream are all that
-passes between the two. (This module cannot be named _cuda: Python would take the object for an extension module.)
+passes between the two.
 """
 
 from __future__ import annotations
@@ -9,12 +9,32 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from gpt4v_fast._native import DTYPE_CODES
+from gpt4v_fast.ops.patch_embed import reference
 
-OBJECT = Path(__file__).with_name("_cuda.so")
+if TYPE_CHECKING:
+    from gpt4v_fast import backends
+    from gpt4v_fast.ops.patch_embed.api import PatchEmbedCall
+
+OBJECT = Path(__file__).parents[2] / "_cuda.so"
+
+
+class PatchEmbed(reference.PatchEmbed):
+    """Its backward pass is the oracle's: torch's own unfold and matrix products."""
+
+    backend, kernel = "cuda", "_cuda.patch_embed (backward: torch's unfold and matmul)"
+
+    def refuses(self, traits: backends.Traits) -> str | None:
+        return missing()
+
+    def forward(self, call: PatchEmbedCall) -> torch.Tensor:
+        tokens = call.weight.new_empty(call.pixels.shape[0], call.N, call.weight.shape[0], dtype=call.out_dtype)
+        patch_embed_forward(call, tokens)
+        return tokens
 
 
 def load(path: Path) -> ctypes.CDLL:
@@ -49,15 +69,7 @@ def missing() -> str | None:
     return None if major >= 8 else f"it needs compute capability 8.0, this GPU has {major}.{minor}"
 
 
-def patch_embed_forward(
-    pixels: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    pixel_scale: torch.Tensor,
-    pixel_shift: torch.Tensor,
-    pos_embed: torch.Tensor | None,
-    tokens: torch.Tensor,
-) -> None:
+def patch_embed_forward(call: PatchEmbedCall, tokens: torch.Tensor) -> None:
     """Launches the kernel on the current stream of the tensors' device; pixels may have any strides.
 
     Raises:
@@ -67,9 +79,9 @@ def patch_embed_forward(
     if library is None:
         raise RuntimeError(str(missing()))
     # Kept in locals: what is copied here must live until the launch. Later work on the stream cannot overtake it.
-    weight, scale, shift = weight.contiguous(), pixel_scale.contiguous(), pixel_shift.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    pos_embed = None if pos_embed is None else pos_embed.contiguous()
+    weight, scale, shift = (x.contiguous() for x in (call.weight, call.pixel_scale, call.pixel_shift))
+    bias, pos_embed = (None if x is None else x.contiguous() for x in (call.bias, call.pos_embed))
+    pixels = call.pixels
     with torch.cuda.device(pixels.device):
         error = library.gpt4v_fast_patch_embed_forward(
             *(pixels.data_ptr(), DTYPE_CODES[pixels.dtype], _int64s(pixels.shape), _int64s(pixels.stride())),

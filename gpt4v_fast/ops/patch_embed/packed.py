@@ -11,17 +11,21 @@ from collections.abc import Sequence
 
 import torch
 
-from gpt4v_fast import backends, reference
-from gpt4v_fast.ops import checks, patch_embed
+from gpt4v_fast import backends
+from gpt4v_fast.ops import checks
+from gpt4v_fast.ops.patch_embed import arguments
+from gpt4v_fast.ops.patch_embed.api import patch_embed
+from gpt4v_fast.ops.patch_embed.packed_reference import resize_positions
 
 
+@backends.explained
 def patch_embed_packed(
     images: Sequence[torch.Tensor],
     weight: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
-    mean: patch_embed.PerChannel = None,
-    std: patch_embed.PerChannel = None,
+    mean: arguments.PerChannel = None,
+    std: arguments.PerChannel = None,
     rescale: float | None = None,
     pos_embed: torch.Tensor | None = None,
     pos_grid: int | None = None,
@@ -53,10 +57,10 @@ def patch_embed_packed(
     grids = check_images(images, weight)
     table, side = check_table(pos_embed, pos_grid, weight)
     pixels = pack_patches(images, weight)
-    arguments = patch_embed.prepare(
-        pixels, weight.unsqueeze(2), bias, mean, std, rescale, pack_positions(table, side, grids), out_dtype
-    )
-    tokens = patch_embed._patch_embed_op(*arguments).squeeze(0)
+    tokens = patch_embed(
+        pixels, weight.unsqueeze(2), bias=bias, mean=mean, std=std, rescale=rescale,
+        pos_embed=pack_positions(table, side, grids), out_dtype=out_dtype,
+    ).squeeze(0)  # fmt: skip
     ends = [0]
     for rows, columns in grids:
         ends.append(ends[-1] + rows * columns)
@@ -72,11 +76,11 @@ def check_images(images: Sequence[torch.Tensor], weight: torch.Tensor) -> list[t
     grids = []
     for i, image in enumerate(images):
         name = f"images[{i}]"
-        checks.check_tensor(name, image, ndim=3, dtypes=patch_embed.PIXEL_DTYPES)
+        checks.check_tensor(name, image, ndim=3, dtypes=arguments.PIXEL_DTYPES)
         checks.check_like(name, image, "images[0]", images[0])
         checks.check_device(name, image, "weight", weight)
-        patch_embed.check_weight(weight, image.shape[0], 4)
-        rows, columns = patch_embed.patch_grid(name, tuple(image.shape[1:]), tuple(weight.shape[2:]))
+        arguments.check_weight(weight, image.shape[0], 4)
+        rows, columns = arguments.patch_grid(name, tuple(image.shape[1:]), tuple(weight.shape[2:]))
         grids.append((rows, columns))
     return grids
 
@@ -97,7 +101,7 @@ def check_table(
     if side * side != length or side == 0:
         expected = "a square number of rows" if pos_grid is None else f"{side} * {side} rows"
         raise ValueError(f"pos_embed: expected (G*G, E) with {expected}, got shape {tuple(pos_embed.shape)}")
-    return patch_embed.check_positions(pos_embed, weight, length), side
+    return arguments.check_positions(pos_embed, weight, length), side
 
 
 def pack_patches(images: Sequence[torch.Tensor], weight: torch.Tensor) -> torch.Tensor:
@@ -119,7 +123,7 @@ def pack_positions(table: torch.Tensor | None, side: int, grids: list[tuple[int,
     """The position of every token (sum Ni, E), each grid interpolated once."""
     if table is None:
         return None
-    resized = {grid: reference.resize_positions(table.float(), side, *grid) for grid in dict.fromkeys(grids)}
+    resized = {grid: resize_positions(table.float(), side, *grid) for grid in dict.fromkeys(grids)}
     return torch.cat([table[:0].float(), *(resized[grid] for grid in grids)])
 
 
@@ -131,25 +135,3 @@ def token_positions(grids: list[tuple[int, int]], device: torch.device) -> torch
         column = torch.arange(columns, device=device).repeat(rows)
         positions.append(torch.stack((row, column), dim=1))
     return torch.cat(positions)
-
-
-def _request(
-    images: Sequence[torch.Tensor],
-    weight: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    mean: patch_embed.PerChannel = None,
-    std: patch_embed.PerChannel = None,
-    rescale: float | None = None,
-    pos_embed: torch.Tensor | None = None,
-    pos_grid: int | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> backends.Request:
-    check_images(images, weight)
-    check_table(pos_embed, pos_grid, weight)
-    pixels = pack_patches(images, weight)
-    arguments = patch_embed.prepare(pixels, weight.unsqueeze(2), bias, mean, std, rescale, None, out_dtype)
-    return patch_embed.describe(*arguments[:2])
-
-
-backends.register_explainer(patch_embed_packed, _request)

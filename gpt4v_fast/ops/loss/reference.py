@@ -1,13 +1,19 @@
-"""Softmax cross-entropy of logits, and the gradient by its formula."""
+"""The oracles of both losses, the gradient by its formula, and the backends for calls that no kernel takes."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gpt4v_fast.reference.softcap import cap
+from gpt4v_fast import backends
+from gpt4v_fast.ops.softcap import cap
+
+if TYPE_CHECKING:
+    from gpt4v_fast.ops.loss.cross_entropy import CrossEntropyCall
+    from gpt4v_fast.ops.loss.linear_cross_entropy import LinearCrossEntropyCall
+    from gpt4v_fast.ops.loss.rows import Rows
 
 
 class LossStats(NamedTuple):
@@ -110,3 +116,85 @@ def cross_entropy_core_backward(
         e = torch.exp(-2.0 * (logits / softcap).abs())
         gradient = gradient * (4.0 * e / (1.0 + e).square())  # 1 - tanh^2, see cap
     return torch.where(counted, gradient, 0.0).masked_fill(bad, math.nan)
+
+
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+    shift: int = 0,
+    ignore_index: int = -100,
+    **options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, LossStats]:
+    """`cross_entropy` of hidden @ weight^T + bias; arguments as `gpt4v_fast.linear_cross_entropy`."""
+    logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(hidden.dtype))
+    if shift:
+        last = target.new_full((*target.shape[:-1], min(shift, target.shape[-1])), ignore_index)
+        target = torch.cat([target[..., shift:], last], dim=-1)
+    return cross_entropy(logits, target, weight=class_weight, ignore_index=ignore_index, **options)
+
+
+def _core(call: Any, logits: torch.Tensor) -> Rows:
+    from gpt4v_fast.ops.loss.rows import Rows
+
+    options = (call.class_weight, call.ignore_index, call.label_smoothing, call.softcap)
+    nll, lse, argmax = cross_entropy_core(logits.float(), call.target.reshape(-1), *options)
+    return Rows(nll, lse, argmax, torch.zeros_like(lse))
+
+
+def _core_backward(call: Any, logits: torch.Tensor, saved: Any, slopes: Any, shard: bool) -> torch.Tensor:
+    """`shard`: lse is that of the whole vocabulary, and logits are some columns of it."""
+    options = (call.class_weight, call.ignore_index, call.label_smoothing, call.softcap)
+    lse = saved.lse.double() + saved.lse_low if shard else None
+    of_nll, of_lse = slopes
+    return cross_entropy_core_backward(of_nll, of_lse, logits.float(), call.labels.reshape(-1), *options, lse)
+
+
+class CrossEntropy(backends.Backend):
+    backend, kernel = "reference", "reference.cross_entropy"
+
+    def forward(self, call: CrossEntropyCall) -> Rows:
+        return _core(call, call.logits)
+
+    def backward_rows(
+        self, call: CrossEntropyCall, saved: Any, slopes: tuple[torch.Tensor, torch.Tensor], wanted: Any,
+        out: torch.Tensor | None = None, shard: bool = False,
+    ) -> dict[str, torch.Tensor | None]:  # fmt: skip
+        gradient = _core_backward(call, call.logits, saved, slopes, shard)
+        return {"logits": gradient.to(call.logits.dtype) if out is None else out.copy_(gradient)}
+
+
+class LinearCrossEntropy(backends.Backend):
+    backend, kernel = "reference", "reference.linear_cross_entropy"
+
+    def forward(self, call: LinearCrossEntropyCall, kept: torch.Tensor | None = None) -> Any:
+        return _core(call, _logits(call))
+
+    def backward(
+        self, call: LinearCrossEntropyCall, saved: Any, upstream: Any, wanted: Any
+    ) -> dict[str, torch.Tensor | None]:
+        from gpt4v_fast.ops.loss.rows import slopes
+
+        return self.backward_rows(call, saved, slopes(call, saved, upstream), wanted)
+
+    def backward_rows(
+        self, call: LinearCrossEntropyCall, saved: Any, slopes: tuple[torch.Tensor, torch.Tensor], wanted: Any,
+        shard: bool = False,
+    ) -> dict[str, torch.Tensor | None]:  # fmt: skip
+        gradient = _core_backward(call, _logits(call), saved, slopes, shard)
+        found: dict[str, torch.Tensor | None] = {}
+        if wanted.hidden:
+            found["hidden"] = (gradient @ call.weight.float()).to(call.hidden.dtype)
+        if wanted.weight:
+            found["weight"] = (gradient.t() @ call.hidden.float()).to(call.weight.dtype)
+        if wanted.bias and call.bias is not None:
+            found["bias"] = gradient.sum(dim=0).to(call.bias.dtype)
+        return found
+
+
+def _logits(call: LinearCrossEntropyCall) -> torch.Tensor:
+    bias = None if call.bias is None else call.bias.float()
+    return torch.nn.functional.linear(call.hidden.float(), call.weight.float(), bias)

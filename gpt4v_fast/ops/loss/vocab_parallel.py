@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.distributed as dist
 
-from gpt4v_fast.ops import labels
+from gpt4v_fast.ops.loss import labels
 
 # The local kernels' ignore_index, and a label that is none: their labels are columns of the shard.
 IGNORED, BAD = -1, -2
@@ -137,49 +137,39 @@ class Merged(NamedTuple):
     weight_sum: torch.Tensor  # () fp64
 
 
-def forward(
-    local: Callable[..., tuple[torch.Tensor, ...]],
-    logit_at: Callable[[torch.Tensor], torch.Tensor] | None,
-    target: torch.Tensor,
-    options: Any,
-    shards: Shards,
-    what: tuple[Any, ...],
-    backend: str,
-    shift: int = 0,
-) -> Merged:
+def forward(call: Any, raises: bool, remember: Callable[[torch.Tensor], None]) -> Merged:
     """Runs the kernel on this shard and merges the shards.
 
     Args:
-        local: a loss's forward implementation, called with the shard's labels and a loss's options.
-        logit_at: this shard's logits (N,) at the given columns, for the argmax; None: nobody asks for it.
-        target: global labels, shifted already by `shift`.
-        what: further arguments that must be the same on every process.
-        backend: that of the kernel.
+        call: a ShardedCall (sharded.py).
+        raises: whether a bad label raises; on a GPU nobody waits for it, and `remember(target)` keeps it.
     """
-    V, raises = shards.V, labels.raise_at_once(target, backend)
-    bad = labels.are_bad(target, V, options.ignore_index)
+    shards, target, ignore_index = call.shards, call.labels, call.ignore_index
+    V = shards.V
+    bad = labels.are_bad(target, V, ignore_index)
     if not raises:
-        labels.remember_bad(target, V, options.ignore_index, backend)
+        remember(target)
     # Nothing raises before the first all-reduce: the other processes would wait there.
-    none_counted = torch.full_like(target, options.ignore_index)
-    work = plan(none_counted if raises and bad.any() else target, options, shards)
-    share, lse, argmax = _run_local(work, local, options.softcap)
+    none_counted = torch.full_like(target, ignore_index)
+    work = plan(none_counted if raises and bad.any() else target, call, shards)
+    share, lse, argmax = _run_local(work, call.run_rows)
 
-    same = (shards.sizes, options[1:], options.class_weight is None, logit_at is None, target.numel(), *what)
+    options = (ignore_index, call.label_smoothing, call.softcap)
+    same = (shards.sizes, options, call.class_weight is None, not call.with_argmax, target.numel(), *call.differs)
     checks = [bad.any().to(torch.int64), *_both_signs(_label_sum(target)), *_both_signs(_hash(same, target.device))]
     keys = [_ordered(lse.float())]
-    if logit_at is not None:
-        best = logit_at(argmax) if work.calls else torch.full_like(lse, -torch.inf, dtype=torch.float32)
+    if call.with_argmax:
+        best = call.logit_at(argmax) if work.calls else torch.full_like(lse, -torch.inf, dtype=torch.float32)
         keys.append(_ordered(best) * _LOW + (_LOW - 1 - (argmax + shards.start)))
     largest = _all_reduce(torch.cat([torch.stack(checks), *keys]), dist.ReduceOp.MAX, shards)
     differs = largest[1:5:2] != -largest[2:5:2]
     if raises:
-        _raise_together(largest[0], differs, target, V, options.ignore_index, shift)
+        _raise_together(largest[0], differs, target, V, ignore_index, call.shift)
     keys = list(largest[5:].reshape(len(keys), len(lse)))
-    nll, lse, label_weight, weight_sum = _sums(work, share, lse, _from_ordered(keys[0]), options, shards)
+    nll, lse, label_weight, weight_sum = _sums(work, share, lse, _from_ordered(keys[0]), call, shards)
     if not raises:
         nll, lse = (torch.where(differs.any(), torch.nan, x) for x in (nll, lse))
-    best_column = _LOW - 1 - (keys[-1] & (_LOW - 1)) if logit_at is not None else -1
+    best_column = _LOW - 1 - (keys[-1] & (_LOW - 1)) if call.with_argmax else -1
     rounded = lse.float()
     return Merged(
         torch.where(work.counted, nll, 0.0).float(),
@@ -192,14 +182,14 @@ def forward(
 
 
 def _run_local(
-    work: Plan, local: Callable[..., tuple[torch.Tensor, ...]], softcap: float
+    work: Plan, run: Callable[[LocalCall], tuple[torch.Tensor, ...]]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """This shard's share of nll with its own lse, its lse (both fp64), and its argmax, a column of the shard."""
     share = torch.zeros_like(work.label_weight)
     lse = torch.where(work.counted, 0.0 if work.calls else -torch.inf, share)
     argmax = torch.zeros_like(work.counted, dtype=torch.int64)
     for call in work.calls:
-        nll, its_lse, its_argmax, its_low = local(call.rows, call.class_weight, IGNORED, call.label_smoothing, softcap)
+        nll, its_lse, its_argmax, its_low = run(call)
         served = call.rows != IGNORED
         share += torch.where(call.scale != 0, call.scale * nll, 0.0)
         exact_lse = its_lse.double() + torch.where(its_lse.isfinite(), its_low, 0.0)
@@ -229,21 +219,14 @@ def _sums(
 
 
 def backward_calls(
-    grad_nll: torch.Tensor,
-    grad_lse: torch.Tensor,
-    target: torch.Tensor,
-    label_weight: torch.Tensor,
-    weight_sum: torch.Tensor,
-    options: Any,
-    shards: Shards,
-) -> Iterator[tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, tuple[Any, ...]]]:
-    """For each call of a loss's backward implementation: (grad_nll, grad_lse), the labels, the options."""
-    work = plan(target, options, shards)
-    slope = _slope(label_weight.double(), weight_sum, options.label_smoothing, shards.V)
+    call: Any, slopes: tuple[torch.Tensor, torch.Tensor], label_weight: torch.Tensor, weight_sum: torch.Tensor
+) -> Iterator[tuple[LocalCall, tuple[torch.Tensor, torch.Tensor]]]:
+    """The local calls of a ShardedCall, each with its slopes of nll and lse."""
+    work = plan(call.labels, call, call.shards)
+    slope = _slope(label_weight.double(), weight_sum, call.label_smoothing, call.shards.V)
     elsewhere = torch.where(work.counted, slope, 0.0) - work.lse_slope
-    for call in work.calls:
-        its_options = (call.class_weight, IGNORED, call.label_smoothing, options.softcap)
-        yield call.slopes(grad_nll, grad_lse, elsewhere), call.rows, its_options
+    for local in work.calls:
+        yield local, local.slopes(*slopes, elsewhere)
 
 
 def add_up(gradients: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:

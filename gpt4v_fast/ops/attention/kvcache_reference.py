@@ -1,11 +1,18 @@
-"""Attention against a key/value cache: rotary embedding, appending, and pages."""
+"""The oracle of attention against a key/value cache: rotary embedding, appending, and pages."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
+from gpt4v_fast import backends
 from gpt4v_fast.masks import MaskTensors
-from gpt4v_fast.reference.attention import attention_core
+from gpt4v_fast.ops.attention.kvcache_cpu import check_values
+from gpt4v_fast.ops.attention.reference import attention_core
+
+if TYPE_CHECKING:
+    from gpt4v_fast.ops.attention.kvcache import KvCacheCall
 
 
 def attention_kvcache(
@@ -99,3 +106,31 @@ def gather_pages(cache: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor
         return cache.new_zeros(B, entries * cache.shape[1], *cache.shape[2:])
     gathered = cache[block_table.to(torch.int64).clamp(0, cache.shape[0] - 1)]  # (B, entries, page, Hkv, D)
     return gathered.reshape(B, entries * cache.shape[1], *cache.shape[2:])
+
+
+class KvCache(backends.Backend):
+    backend, kernel = "reference", "reference.attention_kvcache"
+
+    def forward(self, call: KvCacheCall) -> tuple[torch.Tensor, torch.Tensor]:
+        check_values(call)
+        sides = (call.window_left, call.window_right)
+        left, right = (None if side < 0 else side for side in sides)
+        out_and_lse: Any = attention_kvcache(
+            call.q.float(),
+            call.k_cache,
+            call.v_cache,
+            call.cache_lengths,
+            k=None if call.k is None else call.k.float(),
+            v=call.v,
+            block_table=call.block_table,
+            rotary_cos=call.rotary_cos,
+            rotary_sin=call.rotary_sin,
+            rotary_interleaved=call.rotary_interleaved,
+            causal=call.causal,
+            window=(left, right),
+            scale=call.scale,
+            softcap=call.softcap or None,
+            sinks=call.sinks,
+            return_lse=True,
+        )
+        return out_and_lse[0].contiguous().to(call.q.dtype), out_and_lse[1]

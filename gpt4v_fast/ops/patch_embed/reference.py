@@ -1,11 +1,17 @@
-"""Patch embedding of images and of videos, by unfolding."""
+"""The oracle of patch embedding, by unfolding, and the backend that runs it where no kernel takes a call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from gpt4v_fast import backends
+
+if TYPE_CHECKING:
+    from gpt4v_fast.ops.patch_embed.api import PatchEmbedCall
 
 
 def patch_embed(
@@ -51,3 +57,25 @@ def unfold_patches(pixels: torch.Tensor, patch: Sequence[int]) -> torch.Tensor:
     split = [number for pair in zip(grid, patch, strict=True) for number in pair]
     patches = pixels.reshape(B, C, *split).permute(0, 2, 4, 6, 1, 3, 5, 7)
     return patches.reshape(B, math.prod(grid), C * math.prod(patch))
+
+
+class PatchEmbed(backends.Backend):
+    backend, kernel = "reference", "reference.patch_embed"
+
+    def forward(self, call: PatchEmbedCall) -> torch.Tensor:
+        bias, pos_embed = (None if x is None else x.float() for x in (call.bias, call.pos_embed))
+        normalised = _normalise(call.pixels.float(), call)
+        return patch_tokens(normalised, call.weight.float(), bias, pos_embed).to(call.out_dtype)
+
+    def backward(self, call: PatchEmbedCall, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
+        inputs = {name: getattr(call, name) for name in ("weight", "pixels") if getattr(wanted, name)}
+        with torch.enable_grad():
+            leaves = {name: x.detach().float().requires_grad_() for name, x in inputs.items()}
+            weight, pixels = (leaves.get(name, getattr(call, name).float()) for name in ("weight", "pixels"))
+            tokens = patch_tokens(_normalise(pixels, call), weight, None, None)
+            found = torch.autograd.grad(tokens, list(leaves.values()), upstream.tokens.float())
+        return {name: g.to(x.dtype) for (name, x), g in zip(inputs.items(), found, strict=True)}
+
+
+def _normalise(pixels: torch.Tensor, call: PatchEmbedCall) -> torch.Tensor:
+    return pixels * call.pixel_scale.view(-1, 1, 1, 1) + call.pixel_shift.view(-1, 1, 1, 1)

@@ -7,15 +7,19 @@ silently (see backends.py).
 
 from __future__ import annotations
 
-from gpt4v_fast.reference.attention import attention, attention_core
-from gpt4v_fast.reference.attention_kvcache import append_to_cache, attention_kvcache, gather_pages, rotate
-from gpt4v_fast.reference.attention_varlen import attention_varlen
-from gpt4v_fast.reference.cross_entropy import LossStats, cross_entropy, cross_entropy_core, cross_entropy_core_backward
-from gpt4v_fast.reference.dropout import dropout_keep, philox4x32
-from gpt4v_fast.reference.linear_cross_entropy import linear_cross_entropy
-from gpt4v_fast.reference.patch_embed import patch_embed, patch_tokens, unfold_patches
-from gpt4v_fast.reference.patch_embed_packed import patch_embed_packed, resize_positions
-from gpt4v_fast.reference.softcap import cap
+from gpt4v_fast.ops.attention.dropout import dropout_keep, philox4x32
+from gpt4v_fast.ops.attention.kvcache_reference import append_to_cache, attention_kvcache, gather_pages, rotate
+from gpt4v_fast.ops.attention.reference import attention, attention_core, attention_varlen
+from gpt4v_fast.ops.loss.reference import (
+    LossStats,
+    cross_entropy,
+    cross_entropy_core,
+    cross_entropy_core_backward,
+    linear_cross_entropy,
+)
+from gpt4v_fast.ops.patch_embed.packed_reference import patch_embed_packed, resize_positions
+from gpt4v_fast.ops.patch_embed.reference import patch_embed, patch_tokens, unfold_patches
+from gpt4v_fast.ops.softcap import cap
 
 __all__ = [
     "LossStats",
