@@ -244,87 +244,13 @@ static void add_values(ValueBlock<T> block, int64_t count) {
   tiles(Constant<1>{});
 }
 
-// What finish_scores and its tile are to a block of queries, these are to one row, whose keys are in the lanes.
-template <class T>
-static void copy_bias(const T* from, int64_t stride, int64_t n, float* to) {
-  if (stride == 1)
-    for (int64_t c = 0; c < n; ++c) to[c] = to_float(from[c]);
-  else
-    for (int64_t c = 0; c < n; ++c) to[c] = to_float(from[c * stride]);
-}
-
-static void load_bias_row(const QueryBlock& block, int64_t row, int64_t j0, int64_t n, float* to) {
-  const View& bias = block.args->bias;
-  const int64_t at = block.sequence.b * bias.stride[0] + block.head[row] * bias.stride[1] +
-                     block.index[row] * bias.stride[2] + j0 * bias.stride[3];
-  switch (bias.dtype) {
-    case DType::kBool:
-      return copy_bias(static_cast<const uint8_t*>(bias.data) + at, bias.stride[3], n, to);
-    case DType::kBFloat16:
-      return copy_bias(static_cast<const bfloat16*>(bias.data) + at, bias.stride[3], n, to);
-    case DType::kFloat16:
-      return copy_bias(static_cast<const float16*>(bias.data) + at, bias.stride[3], n, to);
-    default:
-      return copy_bias(static_cast<const float*>(bias.data) + at, bias.stride[3], n, to);
-  }
-}
-
-// Document and image ids of a block's keys, for vectors of them.
-struct BlockIds {
-  bool has_documents, has_images;
-  alignas(64) int32_t document[kKeys], image[kKeys];
-
-  void copy(const KeyIds& documents, const KeyIds& images, int64_t n) {
-    has_documents = documents.data != nullptr, has_images = images.data != nullptr;
-    for (int64_t c = 0; has_documents && c < kKeys; ++c) document[c] = c < n ? documents[c] : -1;
-    for (int64_t c = 0; has_images && c < kKeys; ++c) image[c] = c < n ? images[c] : -1;
-  }
-};
-
-// All ones where a row sees keys j.
-static inline VecInt visible_to(const QueryBlock& block, int64_t row, VecInt j, int64_t c, const BlockIds& ids) {
-  VecInt seen = j <= block.diagonal[row];
-  if (ids.has_images && block.image[row] >= 0) seen |= load_vec(ids.image + c) == block.image[row];
-  seen &= (j >= block.first[row]) & (j <= block.last[row]);
-  if (ids.has_documents) {
-    const VecInt document = load_vec(ids.document + c);
-    seen &= (document == block.document[row]) & (document >= 0);
-  }
-  return seen;
-}
-
-// Turns a row's products with keys [j0, j0 + n) into scores, as finish_scores does. `ids` is null where the row sees
-// every one of them.
-static void finish_row(const QueryBlock& block, int64_t row, int64_t j0, int64_t n, const BlockIds* ids,
-                       float* scores) {
-  const AttentionArgs& a = *block.args;
-  const bool has_bias = a.bias.defined, is_boolean = has_bias && a.bias.dtype == DType::kBool;
-  const bool has_cap = a.softcap > 0.0f, has_alibi = a.alibi_slopes.defined;
-  const Vec hidden = broadcast(-kInfinity);
-  alignas(64) float bias[kKeys] = {};
-  if (has_bias) load_bias_row(block, row, j0, n, bias);
-  for (int64_t c = 0; c < n; c += kLanes) {
-    Vec s = load_vec(scores + c);
-    const VecInt j = lane_numbers() + static_cast<int32_t>(j0 + c);
-    if (has_cap) s = tanh(s / a.softcap) * a.softcap;
-    if (has_bias) s = is_boolean ? (load_vec(bias + c) == 0.0f ? hidden : s) : s + load_vec(bias + c);
-    if (has_alibi) {
-      const VecInt distance = j - block.position[row];
-      s = s - __builtin_convertvector(distance < 0 ? -distance : distance, Vec) * block.slope[row];
-    }
-    if (ids != nullptr) s = visible_to(block, row, j, c, *ids) ? s : hidden;
-    store_vec(scores + c, s);
-  }
-}
-
 // The scores of all rows; those behind the chunk's last key become -inf.
 template <class T>
 static void finish_chunk(const QueryBlock& block, const KeyChunk<T>& chunk, int64_t count, float* scores) {
   const AttentionArgs& a = *block.args;
-  const bool has_terms = a.bias.defined || a.softcap > 0.0f || a.alibi_slopes.defined;
   for (int i = 0; i < chunk.blocks; ++i) {
     const bool is_part = chunk.cover[i] == Cover::kPart;
-    if (!is_part && !has_terms) continue;
+    if (!is_part && !has_terms(a)) continue;
     const int64_t j0 = chunk.first[i], n = chunk.keys_of(i);
     BlockIds ids;
     if (is_part) ids.copy({a.key_documents, block.sequence, j0, n}, {a.key_images, block.sequence, j0, n}, n);

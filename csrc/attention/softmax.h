@@ -14,9 +14,7 @@ struct StripState {
 };
 
 // Whether nothing but a mask comes between the product q.k and the exponential.
-static bool is_plain(const AttentionArgs& a) {
-  return a.scale > 0.0f && a.softcap == 0.0f && !a.bias.defined && !a.alibi_slopes.defined && !a.sinks.defined;
-}
+static bool is_plain(const AttentionArgs& a) { return a.scale > 0.0f && !has_terms(a) && !a.sinks.defined; }
 
 // What the scores are multiplied by in the exponent.
 static float exponent_factor(const AttentionArgs& a) { return is_plain(a) ? a.scale * kLog2E : kLog2E; }
