@@ -16,12 +16,13 @@ namespace gpt4v_fast {
 
 inline void read_field(const char* name, pybind11::handle from, View& to) {
   pybind11::detail::type_caster<View> caster;
-  if (!caster.load(from, true))
-    throw std::invalid_argument(std::string(name) +
-                                ": expected a CPU tensor of a dtype that the kernels know, or None");
+  try {
+    if (!caster.load(from, true))
+      throw std::invalid_argument("expected a CPU tensor of a dtype that the kernels know, or None");
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string(name) + ": " + error.what());
+  }
   to = pybind11::detail::cast_op<View&>(caster);
-  if (lacks_memory(to))
-    throw std::invalid_argument(std::string(name) + ": expected a tensor with memory, got one whose storage was freed");
 }
 
 inline void read_field(const char*, pybind11::handle from, bool& to) { to = PyObject_IsTrue(from.ptr()) == 1; }

@@ -143,6 +143,8 @@ struct type_caster<gpt4v_fast::View> {
     if (source.is_none()) return true;
     if (gpt4v_fast::TensorReader::is_tensor(source)) {
       const std::optional<gpt4v_fast::View> view = gpt4v_fast::TensorReader::read(source);
+      if (view && gpt4v_fast::lacks_memory(*view))
+        throw std::invalid_argument("expected a tensor with memory, got one whose storage was freed");
       if (view) value = *view;
       return view.has_value();
     }

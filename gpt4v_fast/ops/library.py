@@ -108,11 +108,27 @@ def define(
         schema, lambda *fields: _outputs_of(run(call_type(*fields))), lambda *fields: fake(call_type(*fields))
     )
     if gradient is None:
-        return _plain_or(name, run, op, output_type)
+        return _plain_or(name, run, _refusing_negative(op, call_type, mutates) if mutates else op, output_type)
     save, backward = _Rule(name, call_type, output_type, gradient).functions()
     torch_library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_LIBRARY)
     watched = _with_function(name, op, save, backward, differentiable=True)
     return _plain_or(name, run, watched, output_type, _plain_function(name, call_type, run, save, backward))
+
+
+def _refusing_negative(op: Any, call_type: Any, mutates: Sequence[str]) -> Callable[..., Any]:
+    """`op` for tensors that negate what they view: torch's dispatcher resolves those that an op reads, and fails with an
+    internal error for those that it writes."""
+
+    def call(*fields: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            for name, x in zip(call_type._fields, fields, strict=True):
+                if name in mutates and x.is_neg():
+                    raise ValueError(
+                        f"{name}: expected a tensor that is written as it lies, got a negative view of one"
+                    )
+        return op(*fields)
+
+    return call
 
 
 def _parameters(call_type: Any, mutates: Sequence[str] = ()) -> str:

@@ -97,6 +97,63 @@ def test_what_is_not_plain():
         assert _C.plain_arguments((x, other)) == modes.NOT_PLAIN
 
 
+CACHES = torch.rand(2, 1, 8, 2, 8, generator=torch.Generator().manual_seed(1))
+NEGATED = {
+    "attention": (
+        lambda q, k, v, bias, sinks: gf.attention(q, k, v, bias=bias, sinks=sinks),
+        [(1, 2, 5, 8), (1, 2, 7, 8), (1, 2, 7, 8), (5, 7), (2,)],
+    ),
+    "kvcache": (
+        lambda q, k, v: gf.attention_kvcache(q, *CACHES, torch.tensor([6], dtype=torch.int32), k=k, v=v),
+        [(1, 1, 2, 8), (1, 1, 2, 8), (1, 1, 2, 8)],
+    ),
+    "cross_entropy": (lambda x, w: gf.cross_entropy(x, torch.tensor([0, 3]), weight=w), [(2, 5), (5,)]),
+    "linear": (
+        lambda h, w, b: gf.linear_cross_entropy(h, w, torch.tensor([0, 3]), bias=b),
+        [(2, 4), (5, 4), (5,)],
+    ),
+    "patch_embed": (lambda x, w, b: gf.patch_embed(x, w, bias=b), [(1, 3, 4, 4), (5, 3, 2, 2), (5,)]),
+}
+
+
+@pytest.mark.parametrize("function, shapes", NEGATED.values(), ids=NEGATED.keys())
+def test_views_that_negate_are_read_as_what_they_mean(function, shapes):
+    """torch resolves them in its dispatcher (z.conj().imag is such a view): one input at a time."""
+    generator = torch.Generator().manual_seed(0)
+    near = [torch.rand(shape, generator=generator) + 0.1 for shape in shapes]
+    for i in range(len(near)):
+        views = [torch._neg_view(x) if i == j else x for j, x in enumerate(near)]
+        meant = [x.neg() if i == j else x for j, x in enumerate(near)]
+        results = [function(*tensors) for tensors in (views, meant)]
+        torch.testing.assert_close(*results, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_cache_that_negates_is_refused(place):
+    caches = [torch._neg_view(x) if i == place else x for i, x in enumerate(CACHES)]
+    name = ("k_cache", "v_cache")[place]
+    with pytest.raises(ValueError, match=f"{name}: expected a tensor that is written as it lies"):
+        gf.attention_kvcache(torch.rand(1, 1, 2, 8), *caches, torch.tensor([6], dtype=torch.int32))
+
+
+def test_an_upstream_gradient_that_negates():
+    leaves = small(gradient=True)
+    out = gf.attention(*leaves)
+    upstream = torch.randn(out.shape)
+    found = torch.autograd.grad(out, leaves, torch._neg_view(upstream), retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, torch.autograd.grad(out, leaves, upstream.neg()), strict=True))
+
+
+@pytest.mark.parametrize("function, shapes", NEGATED.values(), ids=NEGATED.keys())
+def test_freed_storage_is_refused(function, shapes):
+    """As FSDP leaves it between uses; the process lives on."""
+    for i in range(len(shapes)):
+        tensors = [torch.rand(shape) for shape in shapes]
+        tensors[i].untyped_storage().resize_(0)
+        with pytest.raises((ValueError, RuntimeError), match="storage"):
+            function(*tensors)
+
+
 def test_what_is_plain_by_dispatch_keys():
     """How tensors on a GPU are told, here with those of a CPU."""
     x = torch.ones(2)
