@@ -116,8 +116,8 @@ def define(
 
 
 def _refusing_negative(op: Any, call_type: Any, mutates: Sequence[str]) -> Callable[..., Any]:
-    """`op` for tensors that negate what they view: torch's dispatcher resolves those that an op reads, and fails with an
-    internal error for those that it writes."""
+    """`op` where a tensor negates what it views: torch's dispatcher resolves one that an op reads, and fails with an
+    internal error for one that it writes."""
 
     def call(*fields: Any) -> Any:
         if not torch.compiler.is_compiling():
