@@ -187,10 +187,16 @@ def _accumulate_dkdv(
 
 @triton.jit(do_not_specialize=["heads", "S", "T", "offset"])
 def _attention_backward_dkdv_kernel(
-    q, k, v, dout, lse_ptr, delta_ptr, dk_ptr, dv_ptr, heads, S, T, offset, scale, to_cap, to_log2,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_ds, heads, S, T, offset, scale, to_cap, to_log2,
     OF_K: tl.constexpr, OF_V: tl.constexpr, BLOCKS: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (those of them that are asked for) of BLOCKS.N keys of one key head."""
+    """dk and dv (those of them that are asked for) of BLOCKS.N keys of one key head.
+
+    Its tensors and strides are no NamedTuples (arguments.py): in their order ptxas spills 16 bytes for bf16 heads of 32
+    on sm_90 (Triton 3.9, causal, 2026-11-30, tests/gpu_compile), in this one nothing.
+    """
     QK: tl.constexpr = OPTIONS.QK
     V: tl.constexpr = OPTIONS.V
     UNIT: tl.constexpr = OPTIONS.UNIT
@@ -206,10 +212,10 @@ def _attention_backward_dkdv_kernel(
     columns = tl.arange(0, QK.CHUNK)
     columns_v = tl.arange(0, V.CHUNK)
     n_rows = T - first_key
-    k_tile = rows_of(k, b, hkv, first_key, UNIT)
-    v_tile = rows_of(v, b, hkv, first_key, UNIT)
-    k_tile = tile_pointers(k_tile, block, columns, k.row * UNIT)
-    v_tile = tile_pointers(v_tile, block, columns_v, v.row * UNIT)
+    k_tile = k_ptr + (b * stride_kb + hkv * stride_kh + first_key.to(tl.int64) * stride_kt) * UNIT
+    v_tile = v_ptr + (b * stride_vb + hkv * stride_vh + first_key.to(tl.int64) * stride_vt) * UNIT
+    k_tile = tile_pointers(k_tile, block, columns, stride_kt * UNIT)
+    v_tile = tile_pointers(v_tile, block, columns_v, stride_vt * UNIT)
     k_rows = operand(k_tile, block, columns, n_rows, QK, True)  # (BLOCK_N, BLOCK_D)
     v_rows = operand(v_tile, block, columns_v, n_rows, V, True)  # (BLOCK_N, BLOCK_DV)
 
@@ -229,21 +235,19 @@ def _attention_backward_dkdv_kernel(
     dv = zero_sums(BLOCK_N, V)
     for member in range(OPTIONS.GROUP):
         h = hkv * OPTIONS.GROUP + member
-        q_head = head_of(q, b, h, UNIT)
-        dout_head = head_of(dout, b, h, UNIT)
+        q_head = q_ptr + (b * stride_qb + h * stride_qh) * UNIT
+        dout_head = dout_ptr + (b * stride_db + h * stride_dh) * UNIT
         statistics = (b * heads * OPTIONS.GROUP + h) * S
-        lse_head = lse_ptr + statistics
-        delta_head = delta_ptr + statistics
-        stride_q = q.row * UNIT
-        stride_d = dout.row * UNIT
         dk, dv = _accumulate_dkdv(
-            dk, dv, k_rows, v_rows, q_head, dout_head, lse_head, delta_head, stride_q, stride_d, keys, first,
-            masked_blocks, everyone, whole, S, T, offset, to_cap, to_log2, OF_K, OF_V, MASKED_M, True, OPTIONS,
+            dk, dv, k_rows, v_rows, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics, stride_qs * UNIT,
+            stride_ds * UNIT, keys, first, masked_blocks, everyone, whole, S, T, offset, to_cap, to_log2,
+            OF_K, OF_V, MASKED_M, True, OPTIONS,
         )  # fmt: skip
         if not CHUNKED:
             dk, dv = _accumulate_dkdv(
-                dk, dv, k_rows, v_rows, q_head, dout_head, lse_head, delta_head, stride_q, stride_d, keys, everyone,
-                (whole - everyone) // BLOCK_M, 0, 0, S, T, offset, to_cap, to_log2, OF_K, OF_V, BLOCK_M, False, OPTIONS,
+                dk, dv, k_rows, v_rows, q_head, dout_head, lse_ptr + statistics, delta_ptr + statistics,
+                stride_qs * UNIT, stride_ds * UNIT, keys, everyone, (whole - everyone) // BLOCK_M, 0, 0,
+                S, T, offset, to_cap, to_log2, OF_K, OF_V, BLOCK_M, False, OPTIONS,
             )  # fmt: skip
     row = (b * heads + hkv) * T + first_key
     if OF_K:

@@ -293,11 +293,12 @@ def attention_backward(
         together = max(block_d, block_dv) <= tile.chunk
         for of_k, of_v in [(True, True)] if together else [(True, False), (False, True)]:
             _attention_backward_dkdv_kernel[_grid(triton.cdiv(T, tile.block_n), B * Hkv)](
-                *heads,
+                *(x.pointer for x in heads),
                 lse,
                 delta,
                 dk,
                 dv,
+                *(stride for x in heads for stride in (x.batch, x.head, x.row)),
                 Hkv,
                 S,
                 T,
