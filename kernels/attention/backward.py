@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from gpt4v_fast.kernels.attention.arguments import head_of, rows_of
 from gpt4v_fast.kernels.attention.chunks import accumulate, operand, row_products, store_sums, zero_sums
 from gpt4v_fast.kernels.common import (
     LOG2E,
@@ -65,10 +64,17 @@ def _accumulate_dq(
 
 @triton.jit(do_not_specialize=["heads", "S", "T", "offset"])
 def _attention_backward_dq_kernel(
-    q, k, v, dout, out_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr, heads, S, T, offset, scale, to_cap, to_log2,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+    stride_db, stride_dh, stride_ds, heads, S, T, offset, scale, to_cap, to_log2,
     HAS_DLSE: tl.constexpr, BLOCKS: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """delta and dq of BLOCKS.M queries of one head."""
+    """delta and dq of BLOCKS.M queries of one head.
+
+    Its tensors and strides are no NamedTuples (arguments.py), nor are dkdv's below: in their order dq takes 36 bytes of
+    stack for fp32 heads of 256 on gfx942, and dkdv 16 for bf16 heads of 32 on sm_90, in this one nothing (Triton 3.9,
+    causal, 2026-11-30, tests/gpu_compile).
+    """
     QK: tl.constexpr = OPTIONS.QK
     V: tl.constexpr = OPTIONS.V
     UNIT: tl.constexpr = OPTIONS.UNIT
@@ -83,14 +89,14 @@ def _attention_backward_dq_kernel(
     columns_v = tl.arange(0, V.CHUNK)
     n_rows = S - first_query
     row = (b * heads + h) * S + first_query
-    q_tile = rows_of(q, b, h, first_query, UNIT)
-    dout_tile = rows_of(dout, b, h, first_query, UNIT)
-    k_head = head_of(k, b, h // OPTIONS.GROUP, UNIT)
-    v_head = head_of(v, b, h // OPTIONS.GROUP, UNIT)
+    q_tile = q_ptr + (b * stride_qb + h * stride_qh + first_query.to(tl.int64) * stride_qs) * UNIT
+    dout_tile = dout_ptr + (b * stride_db + h * stride_dh + first_query.to(tl.int64) * stride_ds) * UNIT
+    k_head = k_ptr + (b * stride_kb + h // OPTIONS.GROUP * stride_kh) * UNIT
+    v_head = v_ptr + (b * stride_vb + h // OPTIONS.GROUP * stride_vh) * UNIT
 
     out_tile = tile_pointers(out_ptr + row * V.D, block, columns_v, V.D)
-    dout_tile = tile_pointers(dout_tile, block, columns_v, dout.row * UNIT)
-    q_tile = tile_pointers(q_tile, block, columns, q.row * UNIT)
+    dout_tile = tile_pointers(dout_tile, block, columns_v, stride_ds * UNIT)
+    q_tile = tile_pointers(q_tile, block, columns, stride_qs * UNIT)
     dout_rows = operand(dout_tile, block, columns_v, n_rows, V, True)  # (BLOCK_M, BLOCK_DV)
     if V.CHUNK == V.BLOCK:
         out = load_tile(out_tile, block, columns_v, n_rows, V.D, True)  # (BLOCK_M, BLOCK_DV)
@@ -117,8 +123,8 @@ def _attention_backward_dq_kernel(
     CHUNKED: tl.constexpr = QK.CHUNK < QK.BLOCK or V.CHUNK < V.BLOCK
     if CHUNKED:  # one walk, as in the forward kernel
         unmasked = 0
-    stride_k = k.row * UNIT
-    stride_v = v.row * UNIT
+    stride_k = stride_kt * UNIT
+    stride_v = stride_vt * UNIT
     dq = _accumulate_dq(
         dq, q_rows, dout_rows, lse, delta, k_head, v_head, stride_k, stride_v, queries, unmasked, last, S, T, offset,
         to_cap, to_log2, BLOCKS.MASKED, True, OPTIONS,
@@ -192,11 +198,7 @@ def _attention_backward_dkdv_kernel(
     stride_db, stride_dh, stride_ds, heads, S, T, offset, scale, to_cap, to_log2,
     OF_K: tl.constexpr, OF_V: tl.constexpr, BLOCKS: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv (those of them that are asked for) of BLOCKS.N keys of one key head.
-
-    Its tensors and strides are no NamedTuples (arguments.py): in their order ptxas spills 16 bytes for bf16 heads of 32
-    on sm_90 (Triton 3.9, causal, 2026-11-30, tests/gpu_compile), in this one nothing.
-    """
+    """dk and dv (those of them that are asked for) of BLOCKS.N keys of one key head."""
     QK: tl.constexpr = OPTIONS.QK
     V: tl.constexpr = OPTIONS.V
     UNIT: tl.constexpr = OPTIONS.UNIT

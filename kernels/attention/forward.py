@@ -272,6 +272,7 @@ def attention_backward(
     delta = torch.empty_like(lse)
     to_cap, to_log2 = _score_factors(scale, softcap)
     unit, heads = _heads(q, k, v, dout)
+    pointers, strides = [x.pointer for x in heads], [stride for x in heads for stride in (x.batch, x.head, x.row)]
     with on_device(q):
         arch = target_arch()
         config = configs.attention(arch, q.dtype, max(block_d, block_dv))
@@ -284,8 +285,8 @@ def attention_backward(
 
         tile = config.backward_dq
         _attention_backward_dq_kernel[_grid(triton.cdiv(S, tile.block_m), B * H)](
-            *heads, out, lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta, dq,
-            H, S, T, offset, scale, to_cap, to_log2, HAS_DLSE=dlse is not None, BLOCKS=_blocks(tile),
+            *pointers[:3], out, pointers[3], lse, lse if dlse is None else dlse.to(torch.float32).contiguous(), delta,
+            dq, *strides, H, S, T, offset, scale, to_cap, to_log2, HAS_DLSE=dlse is not None, BLOCKS=_blocks(tile),
             OPTIONS=options(tile.chunk), **tile.launch_options, **launch_options(arch),
         )  # fmt: skip
         tile = config.backward_dkdv
@@ -293,12 +294,12 @@ def attention_backward(
         together = max(block_d, block_dv) <= tile.chunk
         for of_k, of_v in [(True, True)] if together else [(True, False), (False, True)]:
             _attention_backward_dkdv_kernel[_grid(triton.cdiv(T, tile.block_n), B * Hkv)](
-                *(x.pointer for x in heads),
+                *pointers,
                 lse,
                 delta,
                 dk,
                 dv,
-                *(stride for x in heads for stride in (x.batch, x.head, x.row)),
+                *strides,
                 Hkv,
                 S,
                 T,
