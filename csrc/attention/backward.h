@@ -15,6 +15,7 @@
 #pragma once
 
 #include <cmath>
+#include <initializer_list>
 
 #include "attention/backward_strip.h"
 #include "simd/pages.h"

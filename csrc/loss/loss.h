@@ -33,11 +33,11 @@ static inline float origin_of(float largest_z) {
   return (largest_z == kInfinity || largest_z == -kInfinity) ? 0.0f : largest_z;
 }
 
-// The factor of a sum of exponentials whose origin moves. A sum whose largest z is -inf is 0 (or NaN) and
-// stays so.
-static inline float rescale(float largest_z, float old_origin, float new_origin) {
-  const float factor = exp(old_origin - new_origin);
-  return largest_z == -kInfinity ? 1.0f : factor;
+// A sum of exponentials whose origin moves. An empty one, or one of -inf alone, stays 0 wherever its origin moves to:
+// below -88, where a softcap puts all of a row, the factor is infinite.
+static inline double rescaled(double sum, float old_origin, float new_origin) {
+  const double factor = exp(old_origin - new_origin);
+  return sum == 0.0 ? 0.0 : sum * factor;
 }
 
 struct Statistics {
@@ -50,13 +50,12 @@ struct Statistics {
 
   // Takes in the statistics of later columns.
   void merge(const Statistics& later, const Cap& cap) {
-    const float largest = cap(best), later_largest = cap(later.best);
     if (later.best > best) {
       best = later.best;
       argmax = later.argmax;
     }
     const float moved = origin_of(cap(best));
-    sum = sum * rescale(largest, origin, moved) + later.sum * rescale(later_largest, later.origin, moved);
+    sum = rescaled(sum, origin, moved) + rescaled(later.sum, later.origin, moved);
     deviation += weight * (static_cast<double>(origin) - moved) + later.deviation +
                  later.weight * (static_cast<double>(later.origin) - moved);
     weight += later.weight;
@@ -120,17 +119,20 @@ static void write_uncounted_row(const Args& a, const Classes& classes, int64_t r
   write_row(a, row, value, value, 0.0f, -1);
 }
 
-// A counted row, from the statistics of all its columns and its label's z.
+// A counted row, from the statistics of all its columns and its label's z. One with an infinite z has no loss (NaN, as
+// inf - inf is), an infinite lse and NaN for its gradient. lse_low is taken from the origin, not from the sum of the
+// two: at logits of 1e15 their sum is rounded even in fp64.
 template <class Args>
 static void write_counted_row(const Args& a, const Classes& classes, int64_t row, const Statistics& s, float target_z) {
   const double eps = classes.smoothing;
   const double log_sum = __builtin_log(s.sum);
-  const double exact_lse = s.origin + log_sum;
-  const float lse = static_cast<float>(exact_lse);
+  const float lse = static_cast<float>(s.origin + log_sum);
+  const double lse_low = (static_cast<double>(s.origin) - lse) + log_sum;
   const float w = classes.weight(at<int64_t>(a.target, row));
   double nll = (1.0 - eps) * w * ((static_cast<double>(s.origin) - target_z) + log_sum);
   if (eps > 0.0) nll += eps / static_cast<double>(classes.V) * (classes.weight_sum * log_sum - s.deviation);
-  write_row(a, row, static_cast<float>(nll), lse, static_cast<float>(exact_lse - lse), s.argmax);
+  if (s.best == kInfinity && a.softcap == 0.0f) return write_row(a, row, kNaN, kInfinity, kNaN, s.argmax);
+  write_row(a, row, static_cast<float>(nll), lse, static_cast<float>(lse_low), s.argmax);
 }
 
 // dz_j = p * p_j - all * w_j for every column but the label's.

@@ -6,7 +6,7 @@
 namespace gpt4v_fast::GPT4V_FAST_ISA::loss {
 
 static inline Vec origin_of(Vec largest_z) {
-  return (largest_z == kInfinity) | (largest_z == -kInfinity) ? Vec{} : largest_z;
+  return ((largest_z == kInfinity) | (largest_z == -kInfinity)) ? Vec{} : largest_z;
 }
 
 // `rescale` of loss/loss.h; the exponent's rounding error grows as the factor falls, and is lost in the sum.

@@ -126,7 +126,15 @@ static void forward(const PatchEmbedArgs& args, int threads) {
   const Buffer<float> sums(threads * block * kStripCols);
   const Buffer<Element> rows(threads * block * stride);
   for (int64_t e = 0; args.bias.defined && e < layout.E; ++e) bias[e] = load_any(args.bias, e * args.bias.stride[0]);
+  // Outside of the team: clang finds no variable of a function from a lambda in a parallel region in a lambda.
+  const auto store = [&](int64_t first, int64_t count, int64_t s, const float* strip_sums) {
+    store_tokens(args, layout, args.bias.defined ? bias.get() : nullptr, first, count, channels.begin(s),
+                 channels.used(s), strip_sums);
+  };
   with_pixel(args.pixels.dtype, [&](auto type) {
+    const auto gather = [&](int64_t token, Element* to) {
+      gather_patch<decltype(type)>(args, layout, runs.start.get(), token, to);
+    };
 #pragma omp parallel num_threads(threads)
     {
       [[maybe_unused]] const AmxTiles tiles;
@@ -134,14 +142,8 @@ static void forward(const PatchEmbedArgs& args, int threads) {
       weight.load_by_team();
       pack_lanes_by_team(weight.rows(), channels, 0, channels.count, layout.K, packed.get(),
                          [](int64_t) { return true; });
-      multiply_blocks_by_team(
-          layout.tokens, layout.K, channels, packed.get(), block, rows.get() + me * block * stride,
-          sums.get() + me * block * kStripCols,
-          [&](int64_t token, Element* to) { gather_patch<decltype(type)>(args, layout, runs.start.get(), token, to); },
-          [&](int64_t first, int64_t count, int64_t s, const float* strip_sums) {
-            store_tokens(args, layout, args.bias.defined ? bias.get() : nullptr, first, count, channels.begin(s),
-                         channels.used(s), strip_sums);
-          });
+      multiply_blocks_by_team(layout.tokens, layout.K, channels, packed.get(), block, rows.get() + me * block * stride,
+                              sums.get() + me * block * kStripCols, gather, store);
     }
   });
 }

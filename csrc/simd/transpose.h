@@ -17,8 +17,8 @@ static inline void exchange(Vec* rows) {
   for (int r = 0; r < kLanes; ++r) {
     if (r & kStep) continue;
     const Vec a = rows[r], b = rows[r + kStep];
-    rows[r] = __builtin_shuffle(a, b, upper);
-    rows[r + kStep] = __builtin_shuffle(a, b, lower);
+    rows[r] = shuffle(a, b, upper);
+    rows[r + kStep] = shuffle(a, b, lower);
   }
   if constexpr (2 * kStep < kLanes) exchange<2 * kStep>(rows);
 }

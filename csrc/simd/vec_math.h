@@ -158,11 +158,32 @@ static inline Vec log(Vec x) {
   return x < kInfinity ? p : x;
 }
 
+// Lane l is lane lanes[l] of x, or of a and b behind each other. Clang has no shuffle whose lanes are a vector, and makes
+// one of the loops, since every caller's lanes are constants.
+ALWAYS_INLINE static Vec shuffle(Vec x, VecInt lanes) {
+#ifdef __clang__
+  Vec to = {};
+  for (int l = 0; l < kLanes; ++l) to[l] = x[lanes[l] % kLanes];
+  return to;
+#else
+  return __builtin_shuffle(x, lanes);
+#endif
+}
+ALWAYS_INLINE static Vec shuffle(Vec a, Vec b, VecInt lanes) {
+#ifdef __clang__
+  Vec to = {};
+  for (int l = 0; l < kLanes; ++l) to[l] = lanes[l] < kLanes ? a[lanes[l] % kLanes] : b[lanes[l] % kLanes];
+  return to;
+#else
+  return __builtin_shuffle(a, b, lanes);
+#endif
+}
+
 // The sum of a vector's lanes, as a tree.
 static inline float sum_of(Vec x) {
   const VecInt lane = lane_numbers();
 #pragma GCC unroll 4
-  for (int step = kLanes / 2; step > 0; step /= 2) x += __builtin_shuffle(x, lane ^ step);
+  for (int step = kLanes / 2; step > 0; step /= 2) x += shuffle(x, lane ^ step);
   return x[0];
 }
 
@@ -171,7 +192,7 @@ template <int kStep>
 __attribute__((always_inline)) static inline Vec add_across(Vec a, Vec b) {
   const VecInt lanes = lane_numbers();
   const VecInt own = lanes + (lanes & kStep) * (kLanes / kStep);
-  return __builtin_shuffle(a, b, own) + __builtin_shuffle(a, b, own ^ kStep);
+  return shuffle(a, b, own) + shuffle(a, b, own ^ kStep);
 }
 
 template <int kStep>
@@ -190,7 +211,7 @@ static inline float largest_of(Vec x) {
   const VecInt lanes = lane_numbers();
 #pragma GCC unroll 4
   for (int step = kLanes / 2; step > 0; step /= 2) {
-    const Vec other = __builtin_shuffle(x, lanes ^ step);
+    const Vec other = shuffle(x, lanes ^ step);
     x = other > x ? other : x;
   }
   return x[0];

@@ -110,6 +110,19 @@ def _online_step(
     return new_max, new_origin, sums, smooth
 
 
+@triton.jit
+def no_loss_at_infinity(nll, largest, LOSS: tl.constexpr):
+    """NaN where the largest logit is infinite, as inf - inf is; a softcap makes it finite."""
+    return nll if LOSS.SOFTCAP else tl.where(largest == float("inf"), float("nan"), nll)
+
+
+@triton.jit
+def load_lse(pointers):
+    """lse for a gradient: NaN where it is infinite, so that all of the row's gradient is."""
+    lse = tl.load(pointers)
+    return tl.where(lse == float("inf"), float("nan"), lse)
+
+
 @triton.jit(do_not_specialize=["V", "lead"])
 def _cross_entropy_forward_kernel(
     logits_ptr, target_ptr, weights, nll_ptr, lse_ptr, argmax_ptr, stride, lead, V, ignore_index, smoothing, softcap,
@@ -172,6 +185,7 @@ def _cross_entropy_forward_kernel(
         weight_sum = tl.load(weights.sum) if LOSS.HAS_WEIGHT else V
         smooth_sum = weight_sum * (origin + log_sum) - (tl.sum(smooth, 0) + tl.sum(edge_smooth, 0))
         nll = (1.0 - smoothing) * nll + smoothing / V * smooth_sum
+    nll = no_loss_at_infinity(nll, row_max, LOSS)
     elsewise = tl.where(ignored, 0.0, float("nan"))
     tl.store(nll_ptr + row, tl.where(counted, nll, elsewise))
     tl.store(lse_ptr + row, tl.where(counted, origin + log_sum, elsewise))
@@ -238,7 +252,7 @@ def _cross_entropy_backward_kernel(
     columns, exists = _edge_columns(head, vectors, V, VECTOR)
     column = (target - head).to(tl.int32)  # of the label, counted from the body as the lanes are
     if (target >= 0) & (target < V) & (target != ignore_index):
-        lse = tl.load(lse_ptr + row)
+        lse = load_lse(lse_ptr + row)
         slope_p, slope_target, slope_all = gradient_slopes(
             target, tl.load(grad_nll_ptr + row), tl.load(grad_lse_ptr + row), weights, V, smoothing, LOSS
         )

@@ -34,7 +34,7 @@ import triton.language as tl
 from gpt4v_fast.kernels import configs
 from gpt4v_fast.kernels.common import LN2, LOG2E, halves, launch_options, on_device, target_arch
 from gpt4v_fast.kernels.loss import plans
-from gpt4v_fast.kernels.loss.cross_entropy import Loss, capped, class_weights
+from gpt4v_fast.kernels.loss.cross_entropy import Loss, capped, class_weights, no_loss_at_infinity
 from gpt4v_fast.kernels.loss.linear_cross_entropy_backward import linear_cross_entropy_backward
 from gpt4v_fast.kernels.loss.linear_cross_entropy_tiles import (
     VECTOR,
@@ -213,6 +213,7 @@ def _linear_cross_entropy_merge_kernel(
     if LOSS.SMOOTHING:
         weight_sum = tl.load(weights.sum) if LOSS.HAS_WEIGHT else V
         nll = (1.0 - smoothing) * nll + smoothing / V * (weight_sum * (origin + log_sum) - smooth)
+    nll = no_loss_at_infinity(nll, largest, LOSS)
     elsewise = tl.where(target == ignore_index, 0.0, float("nan"))
     tl.store(nll_ptr + rows, tl.where(counted, nll, elsewise), mask=exists)
     tl.store(lse_ptr + rows, tl.where(counted, origin + log_sum, elsewise), mask=exists)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from gpt4v_fast.kernels.loss.cross_entropy import gradient_slopes, logit_gradient
+from gpt4v_fast.kernels.loss.cross_entropy import gradient_slopes, load_lse, logit_gradient
 from gpt4v_fast.kernels.loss.linear_cross_entropy_tiles import VECTOR, grouped, logits_tile, row_stride
 from gpt4v_fast.kernels.loss.sums import finish_sums
 
@@ -45,7 +45,7 @@ def _linear_cross_entropy_gradient_kernel(
         target, tl.load(of_rows.grad_nll + rows), tl.load(of_rows.grad_lse + rows), weights, V, smoothing, LOSS
     )
     gradient = logit_gradient(
-        x, columns[None, :], (columns < V)[None, :], target[:, None], tl.load(of_rows.lse + rows)[:, None],
+        x, columns[None, :], (columns < V)[None, :], target[:, None], load_lse(of_rows.lse + rows)[:, None],
         slope_p[:, None], slope_target[:, None], slope_all[:, None], weights.pointer, softcap, LOSS,
     )  # fmt: skip
     gradient = tl.where((slots < live)[:, None] & (columns < V)[None, :], gradient, 0.0)  # (BLOCK_M, BLOCK_V)

@@ -26,7 +26,7 @@ import triton.language as tl
 from gpt4v_fast.kernels.common import LOG2E, launch_options, on_device
 from gpt4v_fast.kernels.loss import linear_cross_entropy_backward as fused
 from gpt4v_fast.kernels.loss import plans
-from gpt4v_fast.kernels.loss.cross_entropy import gradient_slopes, z_gradient
+from gpt4v_fast.kernels.loss.cross_entropy import gradient_slopes, load_lse, z_gradient
 from gpt4v_fast.kernels.loss.linear_cross_entropy import (
     KeptLogits,
     KeptPointers,
@@ -69,7 +69,7 @@ def _linear_cross_entropy_kept_gradient_kernel(
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     base, places, in_row = kept_places(slots, tile * BLOCK_V, stop, E, vectors, whole, BLOCK_V)
     steps = tl.load(kept.logits + base + places, mask=in_row[None, :], other=0).to(tl.int32) & 0xFFFF
-    lse = tl.load(of_rows.lse + rows)
+    lse = load_lse(of_rows.lse + rows)
     origin = tl.load(kept.origins + tl.cast(tile, tl.int64) * tokens + slots, mask=live, other=0.0)
     p = tl.exp2(((origin - lse) * _LOG2E)[:, None] - steps.to(tl.float32) * _OCTAVE)  # (BLOCK_M, BLOCK_V)
     p = tl.where(steps == 65535, 0.0, p)  # as far down as steps go, and further

@@ -115,6 +115,29 @@ def test_without_a_compiler_the_error_says_what_to_install(tmp_path):
     assert "'no-such-compiler -m64' cannot be run" in result.stderr and "apt-get install g++" in result.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="builds with clang++, which is not on the PATH")
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16"])
+def test_clang_takes_the_kernels(isa):
+    """Without a warning, for each instruction set that it can target."""
+    code = f"import setup; print(*setup.COMMON_FLAGS, *setup.ISA_FLAGS[{isa!r}])"
+    flags = run([sys.executable, "-c", code], ROOT)
+    run(["clang++", *flags.split(), "-Werror", "-fsyntax-only", "-Icsrc", f"csrc/isa/{isa}.cpp"], ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("clang++") is None, reason="builds with clang++, which is not on the PATH")
+def test_clang_builds_a_package_that_works(source, tmp_path):
+    """Its OpenMP runtime stands beside torch's."""
+    options = ["-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), str(source)]
+    settings = {"GPT4V_FAST_SCALAR_ONLY": "1", "GPT4V_FAST_CUDA": "0", "CXX": "clang++"}
+    run([sys.executable, "-m", "pip", "install", *options], tmp_path, **settings)
+    right, _, isas, place = run([sys.executable, "-c", CHECK], tmp_path / "site").splitlines()
+    assert (right, isas, place) == ("True", "['scalar']", str(tmp_path / "site"))
+
+
 # Installs
 
 

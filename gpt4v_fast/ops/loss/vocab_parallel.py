@@ -126,6 +126,13 @@ def plan(target: torch.Tensor, options: Any, shards: Shards) -> Plan:
     return Plan(calls, counted, own_weight, (1 - eps) * own_weight + counted * (eps / V * weight_sum), weight_sum)
 
 
+class Pair(NamedTuple):
+    """lse of each row in two parts, fp64: at logits of 1e15 their sum would be rounded."""
+
+    high: torch.Tensor
+    low: torch.Tensor
+
+
 class Merged(NamedTuple):
     """The outputs of the ops, the same bits on every process."""
 
@@ -157,25 +164,24 @@ def forward(call: Any, raises: bool, remember: Callable[[torch.Tensor], None]) -
     options = (ignore_index, call.label_smoothing, call.softcap)
     same = (shards.sizes, options, call.class_weight is None, not call.with_argmax, target.numel(), *call.differs)
     checks = [bad.any().to(torch.int64), *_both_signs(_label_sum(target)), *_both_signs(_hash(same, target.device))]
-    keys = [_ordered(lse.float())]
+    keys = [_ordered(lse.high.float())]
     if call.with_argmax:
-        best = call.logit_at(argmax) if work.calls else torch.full_like(lse, -torch.inf, dtype=torch.float32)
+        best = call.logit_at(argmax) if work.calls else torch.full_like(lse.high, -torch.inf, dtype=torch.float32)
         keys.append(_ordered(best) * _LOW + (_LOW - 1 - (argmax + shards.start)))
     largest = _all_reduce(torch.cat([torch.stack(checks), *keys]), dist.ReduceOp.MAX, shards)
     differs = largest[1:5:2] != -largest[2:5:2]
     if raises:
         _raise_together(largest[0], differs, target, V, ignore_index, call.shift)
-    keys = list(largest[5:].reshape(len(keys), len(lse)))
-    nll, lse, label_weight, weight_sum = _sums(work, share, lse, _from_ordered(keys[0]), call, shards)
+    keys = list(largest[5:].reshape(len(keys), len(lse.high)))
+    nll, (lse, lse_low), label_weight, weight_sum = _sums(work, share, lse, _from_ordered(keys[0]), call, shards)
     if not raises:
         nll, lse = (torch.where(differs.any(), torch.nan, x) for x in (nll, lse))
     best_column = _LOW - 1 - (keys[-1] & (_LOW - 1)) if call.with_argmax else -1
-    rounded = lse.float()
     return Merged(
         torch.where(work.counted, nll, 0.0).float(),
-        torch.where(work.counted, rounded, 0.0),
+        torch.where(work.counted, lse, 0.0).float(),
         torch.where(work.counted & ~bad.reshape(-1), best_column, -1),
-        torch.where(work.counted & lse.isfinite(), lse - rounded, 0.0).float(),
+        torch.where(work.counted, lse_low, 0.0).float(),
         label_weight.float(),
         weight_sum,
     )
@@ -183,31 +189,32 @@ def forward(call: Any, raises: bool, remember: Callable[[torch.Tensor], None]) -
 
 def _run_local(
     work: Plan, run: Callable[[LocalCall], tuple[torch.Tensor, ...]]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This shard's share of nll with its own lse, its lse (both fp64), and its argmax, a column of the shard."""
+) -> tuple[torch.Tensor, Pair, torch.Tensor]:
+    """This shard's share of nll with its own lse (fp64), its lse, and its argmax, a column of the shard."""
     share = torch.zeros_like(work.label_weight)
-    lse = torch.where(work.counted, 0.0 if work.calls else -torch.inf, share)
+    lse, lse_low = torch.where(work.counted, 0.0 if work.calls else -torch.inf, share), torch.zeros_like(share)
     argmax = torch.zeros_like(work.counted, dtype=torch.int64)
     for call in work.calls:
         nll, its_lse, its_argmax, its_low = run(call)
         served = call.rows != IGNORED
         share += torch.where(call.scale != 0, call.scale * nll, 0.0)
-        exact_lse = its_lse.double() + torch.where(its_lse.isfinite(), its_low, 0.0)
-        lse = torch.where(served, exact_lse, lse)
+        lse = torch.where(served, its_lse.double(), lse)
+        lse_low = torch.where(served & its_lse.isfinite(), its_low.double(), lse_low)
         argmax = torch.where(served & (its_argmax >= 0), its_argmax, argmax)
-    return share, lse, argmax
+    return share, Pair(lse, lse_low), argmax
 
 
 def _sums(
-    work: Plan, share: torch.Tensor, lse: torch.Tensor, largest: torch.Tensor, options: Any, shards: Shards
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    work: Plan, share: torch.Tensor, lse: Pair, largest: torch.Tensor, options: Any, shards: Shards
+) -> tuple[torch.Tensor, Pair, torch.Tensor, torch.Tensor]:
     """The global nll and lse, the labels' class weights (N,) and the sum of all class weights (), in fp64."""
-    N = lse.shape[0]
+    N = share.shape[0]
     origin = torch.where(largest.isinf(), 0.0, largest.double())
-    moved = torch.where(work.lse_slope == 0, share, share + work.lse_slope * (origin - lse))
+    above = (lse.high - origin) + lse.low
+    moved = torch.where(work.lse_slope == 0, share, share - work.lse_slope * above)
     # A shard of nothing but -inf: its logits are no classes, and a label among them costs infinity.
-    moved = torch.where(lse == -torch.inf, torch.where(work.lse_slope == 0, 0.0, torch.inf), moved)
-    parts = [work.weight_sum.reshape(1), torch.exp(lse - origin), moved]
+    moved = torch.where(lse.high == -torch.inf, torch.where(work.lse_slope == 0, 0.0, torch.inf), moved)
+    parts = [work.weight_sum.reshape(1), torch.exp(above), moved]
     if options.class_weight is not None:
         parts.append(work.label_weight)
     total = _all_reduce(torch.cat(parts), dist.ReduceOp.SUM, shards)
@@ -215,7 +222,11 @@ def _sums(
     label_weight = work.counted.double() if options.class_weight is None else sums[2]
     log_sum = torch.log(sums[0])
     nll = sums[1] + _slope(label_weight, weight_sum, options.label_smoothing, shards.V) * log_sum
-    return nll, origin + log_sum, label_weight, weight_sum
+    high = (origin + log_sum).float().double()
+    # A row with an infinite logit, wherever it is, has no loss and no gradient.
+    low = torch.where(high.isfinite(), (origin - high) + log_sum, torch.where(high == torch.inf, torch.nan, 0.0))
+    nll = torch.where(largest == torch.inf, torch.nan, nll)
+    return nll, Pair(high, low), label_weight, weight_sum
 
 
 def backward_calls(
