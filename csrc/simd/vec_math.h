@@ -158,8 +158,8 @@ static inline Vec log(Vec x) {
   return x < kInfinity ? p : x;
 }
 
-// Lane l is lane lanes[l] of x, or of a and b behind each other. Clang has no shuffle whose lanes are a vector, and makes
-// one of the loops, since every caller's lanes are constants.
+// Lane l is lane lanes[l] of x, or of a and b behind each other. Clang has no shuffle whose lanes are a vector, and
+// makes one of the loops, since every caller's lanes are constants.
 ALWAYS_INLINE static Vec shuffle(Vec x, VecInt lanes) {
 #ifdef __clang__
   Vec to = {};
