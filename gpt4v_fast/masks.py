@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -154,10 +155,15 @@ def check_window(window: tuple[int | None, int | None] | None) -> None:
     if window is None:
         return
     good = isinstance(window, tuple | list) and len(window) == 2
-    if not good or any(side is not None and (not isinstance(side, int) or side < 0) for side in window):
+    if not good or not all(side is None or (_is_integer(side) and 0 <= side < 2**63) for side in window):
         raise ValueError(
-            f"window: expected None or (left, right), each None or a number of tokens >= 0, got {window!r}"
+            "window: expected None or (left, right), each None or a number of tokens >= 0 that int64 holds, got "
+            f"{window!r}"
         )
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, int | numbers.Integral)  # int: torch.compile knows the second of constants alone
 
 
 def _check_ids(name: str, ids: torch.Tensor) -> None:

@@ -54,6 +54,11 @@ class KvCacheCall(backends.Call, _KvCacheFields):
         """How many tokens the call appends to each entry."""
         return 0 if self.k is None else self.k.shape[1]
 
+    @property
+    def writes(self) -> bool:
+        """Whether it writes to the caches."""
+        return self.k is not None
+
     def extras(self) -> tuple[bool, ...]:
         _, S, H, D = self.q.shape
         pages, page, Hkv, _ = self.k_cache.shape
@@ -133,9 +138,9 @@ def attention_kvcache(
     call = KvCacheCall(
         *tensors,
         rotary_interleaved=bool(rotary_interleaved),
-        causal=causal,
-        window_left=-1 if left is None else left,
-        window_right=-1 if right is None else right,
+        causal=bool(causal),
+        window_left=-1 if left is None else int(left),
+        window_right=-1 if right is None else int(right),
         scale=checks.check_scale(scale, q.shape[3]),
         softcap=checks.check_softcap(softcap),
     )

@@ -145,10 +145,12 @@ def linear_cross_entropy(
     options = arguments.check_options(
         "class_weight", class_weight, V, hidden, ignore_index, reduction, label_smoothing, z_loss, softcap
     )
-    if isinstance(shift, bool) or not isinstance(shift, int):
-        raise TypeError(f"shift: expected an int, got {type(shift).__name__}")
-    if shift < 0 or (shift > 0 and target.dim() == 0):
-        raise ValueError(f"shift: expected 0 or more, and 0 for a single token, got {shift}")
+    shift = checks.check_int("shift", shift, 0, checks.INT64_MAX, "an int of 0 or more")
+    positions = target.shape[-1] if target.dim() else 0
+    if shift > positions:
+        raise ValueError(
+            f"shift: expected at most the {positions} positions of target (0 for a single token), got {shift}"
+        )
     shards = vocab_parallel.find_shards("weight", V, process_group, vocab_sizes)
     hidden = hidden.reshape(target.numel(), E)
     outputs: Any

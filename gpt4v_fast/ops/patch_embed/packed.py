@@ -89,8 +89,8 @@ def check_table(
     pos_embed: torch.Tensor | None, pos_grid: int | None, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, int]:
     """pos_embed as (G*G, E), and G."""
-    if pos_grid is not None and (isinstance(pos_grid, bool) or not isinstance(pos_grid, int) or pos_grid < 1):
-        raise ValueError(f"pos_grid: expected None or an integer of at least 1, got {pos_grid!r}")
+    if pos_grid is not None:
+        pos_grid = checks.check_int("pos_grid", pos_grid, 1, checks.INT32_MAX, "None or an integer of at least 1")
     if pos_embed is None:
         if pos_grid is not None:
             raise ValueError(f"pos_grid: expected None where pos_embed is None, got {pos_grid}")
