@@ -19,6 +19,7 @@ import torch
 
 from gpt4v_fast._native import _C
 from gpt4v_fast.ops import modes
+from gpt4v_fast.ops.foreign_names import F, translated
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 FORCEABLE = ("cpu", "triton", "reference")
@@ -94,6 +95,7 @@ def _setting_from_environment(name: str, allowed: tuple[str, ...]) -> str | None
     return value
 
 
+_setting_from_environment("GPT4V_FAST_ISA", tuple(_C.available_isas()))  # what C++ reads, named as people set it
 _settings = _Settings(backend=_setting_from_environment("GPT4V_FAST_BACKEND", FORCEABLE))
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "gpt4v_fast_strict", default=os.environ.get("GPT4V_FAST_STRICT", "0") not in ("", "0")
@@ -236,10 +238,11 @@ def backward(call: Any, saved: Any, upstream: Any, wanted: Any) -> dict[str, tor
     return pick(call).backward(call, saved, upstream, wanted)
 
 
-def explained(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a public function whose calls `explain` takes."""
-    _public.append(function)
-    return function
+def explained(function: F) -> F:
+    """Marks a public function whose calls `explain` takes, and makes its errors know other libraries' arguments."""
+    public = translated(function)
+    _public.append(public)
+    return public
 
 
 def call_of(function: Callable[..., Any], *args: Any, compiled: bool = False, **kwargs: Any) -> Any:
@@ -248,6 +251,9 @@ def call_of(function: Callable[..., Any], *args: Any, compiled: bool = False, **
     if function not in _public:
         known = ", ".join(sorted(f.__name__ for f in _public))
         raise TypeError(f"function: expected one of {known}, got {getattr(function, '__name__', function)!r}")
+    if not args and not kwargs:
+        name = function.__name__
+        raise TypeError(f"explain: expected {name}'s arguments behind the function, as explain({name}, ...), got none")
     modes.ASKED.on, modes.ASKED.compiled = True, compiled
     try:
         function(*args, **kwargs)

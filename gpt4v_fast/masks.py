@@ -43,8 +43,9 @@ class Mask:
         image_blocks: ids, likewise; tokens with the same id see each other whatever the order; a negative id is text.
         key_lengths: (B,) int32 or int64, the number of keys that count in each batch entry.
 
-    int32 saves time on a CPU; ids of 64 bits are exact too. CPU kernels refuse key_lengths that int32 does not hold;
-    on a GPU, where looking would mean waiting, such a length means all keys, or none, as the last rule says.
+    int32 saves time on a CPU; ids of 64 bits are exact too. CPU kernels refuse key_lengths that are negative or that
+    int32 does not hold; on a GPU, where looking would mean waiting, such a length means all keys, or none, as the last
+    rule says.
 
     Raises:
         ValueError, TypeError: at construction for a bad align, window or dtype; at the call for ids of a wrong shape,

@@ -39,5 +39,5 @@ def check_options(
         "label_smoothing": checks.check_number("label_smoothing", label_smoothing, 0.0, 1.0, "a number in [0, 1]"),
         "softcap": checks.check_softcap(softcap),
         "reduction": reduction,
-        "z_loss": checks.check_number("z_loss", z_loss),
+        "z_loss": checks.check_number("z_loss", z_loss, 0.0, expected="a finite number of 0 or more that fp32 holds"),
     }

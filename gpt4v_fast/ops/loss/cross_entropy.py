@@ -117,6 +117,8 @@ def cross_entropy(
     if logits.dim() == 0 or (logits.shape[-1] == 0 and process_group is None):
         raise ValueError(f"logits: expected shape (..., V) with V at least 1, got {tuple(logits.shape)}")
     V = logits.shape[-1]
+    if logits.dim() > 2 and isinstance(target, torch.Tensor):
+        _check_classes_last(logits, target)
     target = labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
     options = arguments.check_options(
         "weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap
@@ -137,6 +139,15 @@ def cross_entropy(
         fields = {name: value for name, value in call._asdict().items() if name != "inplace_backward"}
         outputs = _sharded_op(ShardedCrossEntropyCall(**fields, **shards._asdict(), with_argmax=return_stats))
     return rows.result(call, outputs, target, return_stats)
+
+
+def _check_classes_last(logits: torch.Tensor, target: torch.Tensor) -> None:
+    shape, labels_shape = tuple(logits.shape), tuple(target.shape)
+    if labels_shape != shape[:-1] and labels_shape == (shape[0], *shape[2:]):
+        raise ValueError(
+            f"logits: expected shape (..., V), the classes last, got {shape} for target {labels_shape}, the classes "
+            "second as for F.cross_entropy: logits.movedim(1, -1) has them last"
+        )
 
 
 def _run(call: CrossEntropyCall) -> Any:

@@ -16,11 +16,19 @@ _EXPECTED = {"mean": "finite numbers that fp32 holds", "std": "finite numbers ot
 PerChannel = float | Sequence[float] | torch.Tensor | None
 
 
-def check_weight(weight: torch.Tensor, C: int, ndim: int) -> None:
+def check_weight(weight: torch.Tensor, pixels: torch.Tensor, name: str = "pixels") -> None:
+    """The weight beside pixels ([B,] C, H, W), or with frames."""
+    ndim = weight.dim() if name != "pixels" else pixels.dim()
     if weight.dim() != ndim:
         expected = "(E, C, P, P)" if ndim == 4 else "(E, C, Pt, P, P)"
         raise ValueError(f"weight: expected {expected} for {ndim}-dimensional pixels, got shape {tuple(weight.shape)}")
+    C = pixels.shape[-3] if ndim == 4 else pixels.shape[1]
     if weight.shape[1] != C:
+        if pixels.shape[-1] == weight.shape[1]:
+            raise ValueError(
+                f"{name}: expected {'(..., C, H, W)' if ndim == 4 else '(B, C, frames, H, W)'} with weight's C = "
+                f"{weight.shape[1]}, got shape {tuple(pixels.shape)}, which looks channels last: pass a permuted view"
+            )
         raise ValueError(f"weight: expected {C} channels as in pixels, got shape {tuple(weight.shape)}")
     if min(weight.shape[2:]) < 1:
         raise ValueError(f"weight: expected patch sides of at least 1, got shape {tuple(weight.shape)}")
