@@ -7,7 +7,7 @@ user -> attention_kvcache -> KvCacheCall -> gpt4v_fast::attention_kvcache
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, overload
 
 import torch
 
@@ -16,6 +16,11 @@ from gpt4v_fast._native import _C
 from gpt4v_fast.masks import check_window
 from gpt4v_fast.ops import checks, library
 from gpt4v_fast.ops.attention import arguments, kvcache_cpu, kvcache_reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from gpt4v_fast.ops.attention.options import KvCacheOptions
 
 
 class _KvCacheFields(NamedTuple):
@@ -77,6 +82,36 @@ class KvCacheOutputs(NamedTuple):
     lse: torch.Tensor  # (B, H, S) fp32
 
 
+@overload
+def attention_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[KvCacheOptions],
+) -> torch.Tensor: ...
+@overload
+def attention_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[KvCacheOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[KvCacheOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @backends.explained
 def attention_kvcache(
     q: torch.Tensor,

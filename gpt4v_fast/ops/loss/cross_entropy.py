@@ -10,7 +10,7 @@ With process_group: gpt4v_fast::sharded_cross_entropy, which runs the same on a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -22,6 +22,9 @@ from gpt4v_fast.ops.loss.reference import LossStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from gpt4v_fast.ops.loss.options import CrossEntropyOptions
 
 
 class _CrossEntropyFields(NamedTuple):
@@ -49,6 +52,22 @@ class CrossEntropyCall(backends.Call, _CrossEntropyFields):
         return self.target
 
 
+@overload
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> torch.Tensor: ...
+@overload
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, *, return_stats: Literal[True], **options: Unpack[CrossEntropyOptions]
+) -> tuple[torch.Tensor, LossStats]: ...
+@overload
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, *, return_stats: bool, **options: Unpack[CrossEntropyOptions]
+) -> torch.Tensor | tuple[torch.Tensor, LossStats]: ...
 @backends.explained
 def cross_entropy(
     logits: torch.Tensor,

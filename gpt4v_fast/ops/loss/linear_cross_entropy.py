@@ -11,7 +11,7 @@ docs/kernels/linear_cross_entropy.md says why each of these ways exists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 
@@ -24,6 +24,9 @@ from gpt4v_fast.ops.loss.reference import LossStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from gpt4v_fast.ops.loss.options import LinearCrossEntropyOptions
 
 # Whether gradients are wanted, and if so, whether forward may do work ahead for its own backward pass.
 NEVER, LATER, AHEAD = "", "later", "ahead"
@@ -77,6 +80,33 @@ class LinearCrossEntropyOutputs(NamedTuple):
     kept: torch.Tensor  # bytes of logits (csrc/loss/kept_logits.h), or empty
 
 
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> torch.Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> tuple[torch.Tensor, LossStats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: bool,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> torch.Tensor | tuple[torch.Tensor, LossStats]: ...
 @backends.explained
 def linear_cross_entropy(
     hidden: torch.Tensor,
