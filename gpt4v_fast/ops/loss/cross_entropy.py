@@ -180,7 +180,7 @@ def _backward(call: CrossEntropyCall, saved: Any, upstream: Any, wanted: Any) ->
     # Where nothing is left the op itself runs, and no registered op may return its argument.
     out = call.logits.detach() if saved.left and _can_be_overwritten(call.logits) else None
     slopes = rows.slopes(call, saved, upstream)
-    backend: Any = backends.pick(call)
+    backend: Any = backends.pick(call, again=True)
     gradient = backend.backward_rows(call, saved, slopes, wanted, out=out)["logits"]
     if out is not None:
         torch.autograd.graph.increment_version(call.logits)

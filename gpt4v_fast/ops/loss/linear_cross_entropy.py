@@ -247,7 +247,7 @@ def _kept(call: LinearCrossEntropyCall) -> torch.Tensor:
 
 
 def _backward(call: LinearCrossEntropyCall, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
-    return backends.pick(call).backward(call, saved, upstream, wanted)
+    return backends.pick(call, again=True).backward(call, saved, upstream, wanted)
 
 
 backends.register(

@@ -121,7 +121,7 @@ def _fake(call: PatchEmbedCall) -> PatchEmbedOutputs:
 def _backward(call: PatchEmbedCall, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
     grad_tokens, gradients = upstream.tokens, {}
     if wanted.weight or wanted.pixels:
-        gradients = backends.pick(call).backward(call, saved, upstream, wanted)
+        gradients = backends.pick(call, again=True).backward(call, saved, upstream, wanted)
     if call.bias is not None and wanted.bias:
         gradients["bias"] = grad_tokens.sum((0, 1), dtype=torch.float32).to(call.bias.dtype)
     if call.pos_embed is not None and wanted.pos_embed:
