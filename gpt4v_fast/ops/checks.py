@@ -66,10 +66,10 @@ def check_number(name: str, value: Any, low: float = -FP32_MAX, high: float = FP
     """
     if type(value) is not float and not is_number(value):
         raise TypeError(f"{name}: expected {expected or FINITE}, got {type(value).__name__}")
-    number = float(value)
+    number = value if isinstance(value, int) else float(value)  # of an int that float refuses too
     if not low <= number <= high:
         raise ValueError(f"{name}: expected {expected or FINITE}, got {value}")
-    return number
+    return float(number)
 
 
 def check_scale(scale: float | None, D: int) -> float:

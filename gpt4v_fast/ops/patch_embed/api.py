@@ -99,7 +99,7 @@ def patch_embed(
     checks.check_tensor("weight", weight)
     if pixels.dim() not in (4, 5):
         raise ValueError(f"pixels: expected (B, C, H, W) or (B, C, frames, H, W), got shape {tuple(pixels.shape)}")
-    check_weight(weight, pixels)
+    check_weight(weight, pixels, pixels.dim())
     checks.check_device("weight", weight, "pixels", pixels)
     grid = patch_grid("pixels", tuple(pixels.shape[2:]), tuple(weight.shape[2:]))
     scale, shift = pixel_transform(pixels, pixels.shape[1], mean, std, rescale)

@@ -16,13 +16,12 @@ _EXPECTED = {"mean": "finite numbers that fp32 holds", "std": "finite numbers ot
 PerChannel = float | Sequence[float] | torch.Tensor | None
 
 
-def check_weight(weight: torch.Tensor, pixels: torch.Tensor, name: str = "pixels") -> None:
-    """The weight beside pixels ([B,] C, H, W), or with frames."""
-    ndim = weight.dim() if name != "pixels" else pixels.dim()
+def check_weight(weight: torch.Tensor, pixels: torch.Tensor, ndim: int, name: str = "pixels") -> None:
+    """The weight (E, C, ...) of `ndim` dimensions beside pixels ([B,] C, [frames,] H, W)."""
     if weight.dim() != ndim:
         expected = "(E, C, P, P)" if ndim == 4 else "(E, C, Pt, P, P)"
         raise ValueError(f"weight: expected {expected} for {ndim}-dimensional pixels, got shape {tuple(weight.shape)}")
-    C = pixels.shape[-3] if ndim == 4 else pixels.shape[1]
+    C = pixels.shape[1 - ndim]
     if weight.shape[1] != C:
         if pixels.shape[-1] == weight.shape[1]:
             raise ValueError(
@@ -107,7 +106,7 @@ def _per_channel(name: str, value: PerChannel, default: float, C: int, device: t
 def _check_of_channel(name: str, number: Any, given: object) -> float:
     if not checks.is_number(number):
         raise TypeError(f"{name}: expected a number, a sequence of numbers or a tensor, got {given!r}")
-    low, number = _SMALLEST[name], float(number)
+    low, number = _SMALLEST[name], number if isinstance(number, int) else float(number)
     if not (low <= number <= checks.FP32_MAX or -checks.FP32_MAX <= number <= -low):
         raise ValueError(f"{name}: expected {_EXPECTED[name]}, got {given}")
-    return number
+    return float(number)

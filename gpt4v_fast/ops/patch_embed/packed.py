@@ -79,7 +79,7 @@ def check_images(images: Sequence[torch.Tensor], weight: torch.Tensor) -> list[t
         checks.check_tensor(name, image, ndim=3, dtypes=arguments.PIXEL_DTYPES)
         checks.check_like(name, image, "images[0]", images[0])
         checks.check_device(name, image, "weight", weight)
-        arguments.check_weight(weight, image, name)
+        arguments.check_weight(weight, image, 4, name)
         rows, columns = arguments.patch_grid(name, tuple(image.shape[1:]), tuple(weight.shape[2:]))
         grids.append((rows, columns))
     return grids
