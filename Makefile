@@ -91,11 +91,13 @@ lint: $(VENV)/.lint types
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-# Laid out as in a wheel, with kernels/ and benchmarks/ inside gpt4v_fast.
+# Laid out as in a wheel, with kernels/ and benchmarks/ inside gpt4v_fast; and calls as users write them.
 types: $(VENV)/.lint
 	rm -rf build/typed
 	$(BIN)/python setup.py -q build_py --build-lib build/typed
-	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+	cp tests/package/typed_calls.py build/typed
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache \
+		-p gpt4v_fast -m typed_calls
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

@@ -19,7 +19,7 @@ from typing import Any
 # beside it, and setuptools' finder for editable installs does not serve kernels/, a folder without __init__.py.
 __path__ = [*__path__, *(str(Path(p).parent) for p in __path__ if not Path(p, "kernels").is_dir())]
 
-from gpt4v_fast.backends import FallbackError, explain, force, strict
+from gpt4v_fast.backends import FallbackError, FallbackWarning, explain, force, strict
 from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention, attention_kvcache, attention_varlen
 from gpt4v_fast.ops.loss import LossStats, check_labels, cross_entropy, linear_cross_entropy
@@ -47,6 +47,7 @@ def _has_model() -> bool:
 
 __all__ = [
     "FallbackError",
+    "FallbackWarning",
     "LossStats",
     "Mask",
     "attention",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple, cast
@@ -19,6 +21,7 @@ import torch
 
 from gpt4v_fast._native import _C
 from gpt4v_fast.ops import modes
+from gpt4v_fast.ops.foreign_names import F, translated
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 FORCEABLE = ("cpu", "triton", "reference")
@@ -26,6 +29,10 @@ FORCEABLE = ("cpu", "triton", "reference")
 
 class FallbackError(RuntimeError):
     """Raised in strict mode when only the oracle could serve a call."""
+
+
+class FallbackWarning(UserWarning):
+    """Given, once for each line that calls, where only the oracle can serve a call."""
 
 
 class Traits(NamedTuple):
@@ -94,6 +101,7 @@ def _setting_from_environment(name: str, allowed: tuple[str, ...]) -> str | None
     return value
 
 
+_setting_from_environment("GPT4V_FAST_ISA", tuple(_C.available_isas()))  # what C++ reads, named as people set it
 _settings = _Settings(backend=_setting_from_environment("GPT4V_FAST_BACKEND", FORCEABLE))
 _strict: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "gpt4v_fast_strict", default=os.environ.get("GPT4V_FAST_STRICT", "0") not in ("", "0")
@@ -217,13 +225,43 @@ def explain_call(call: Any) -> Choice:
     return choice
 
 
-def pick(call: Any) -> Backend:
-    """The backend that serves `call`; in strict mode raises FallbackError where that would be the oracle."""
+def pick(call: Any, *, again: bool = False) -> Backend:
+    """The backend that serves `call`. Where that is the oracle, unasked, it warns, and in strict mode raises
+    FallbackError.
+
+    Args:
+        again: for the backward pass, whose forward pass has warned.
+    """
     choice = explain_call(call)
-    if choice.is_fallback and _strict.get():
-        reasons = "; ".join(f"not {name}: {why}" for name, why in choice.rejected) or "no kernel is registered"
-        raise FallbackError(f"{choice.op} would run on its slow reference, and strict mode is on: {reasons}")
+    if choice.is_fallback:
+        _tell_fallback(choice, call[call._main].is_meta or again)
     return cast(Backend, choice.runs)
+
+
+def _tell_fallback(choice: Choice, is_quiet: bool) -> None:
+    reasons = "; ".join(f"not {name}: {why}" for name, why in choice.rejected) or "no kernel is registered"
+    if _strict.get():
+        raise FallbackError(f"{choice.op} would run on its slow reference, and strict mode is on: {reasons}")
+    if is_quiet:
+        return
+    message = (
+        f"gpt4v_fast.{choice.op} runs on its slow reference: {reasons}. To silence this: warnings.filterwarnings("
+        '"ignore", category=gpt4v_fast.FallbackWarning) or gpt4v_fast.force(backend="reference"); to get an error '
+        "instead: gpt4v_fast.strict()"
+    )
+    warnings.warn(message, FallbackWarning, stacklevel=_frames_below_the_user())
+
+
+_NOT_USERS = ("gpt4v_fast", "torch", "")  # "": graphs of torch.fx have no name
+
+
+def _frames_below_the_user() -> int:
+    """The stacklevel of the first frame that is neither this package's nor torch's nor of code that torch made, so that
+    each line of the user's warns once; of the outermost frame where there is no other."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _NOT_USERS:
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def forward(call: Any) -> Any:
@@ -233,13 +271,14 @@ def forward(call: Any) -> Any:
 
 def backward(call: Any, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
     """The gradients of `call`'s inputs, by the backend that serves it."""
-    return pick(call).backward(call, saved, upstream, wanted)
+    return pick(call, again=True).backward(call, saved, upstream, wanted)
 
 
-def explained(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a public function whose calls `explain` takes."""
-    _public.append(function)
-    return function
+def explained(function: F) -> F:
+    """Marks a public function whose calls `explain` takes, and makes its errors know other libraries' arguments."""
+    public = translated(function)
+    _public.append(public)
+    return public
 
 
 def call_of(function: Callable[..., Any], *args: Any, compiled: bool = False, **kwargs: Any) -> Any:
@@ -248,6 +287,9 @@ def call_of(function: Callable[..., Any], *args: Any, compiled: bool = False, **
     if function not in _public:
         known = ", ".join(sorted(f.__name__ for f in _public))
         raise TypeError(f"function: expected one of {known}, got {getattr(function, '__name__', function)!r}")
+    if not args and not kwargs:
+        name = function.__name__
+        raise TypeError(f"explain: expected {name}'s arguments behind the function, as explain({name}, ...), got none")
     modes.ASKED.on, modes.ASKED.compiled = True, compiled
     try:
         function(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,8 +43,9 @@ class Mask:
         image_blocks: ids, likewise; tokens with the same id see each other whatever the order; a negative id is text.
         key_lengths: (B,) int32 or int64, the number of keys that count in each batch entry.
 
-    int32 saves time on a CPU; ids of 64 bits are exact too. CPU kernels refuse key_lengths that int32 does not hold;
-    on a GPU, where looking would mean waiting, such a length means all keys, or none, as the last rule says.
+    int32 saves time on a CPU; ids of 64 bits are exact too. CPU kernels refuse key_lengths that are negative or that
+    int32 does not hold; on a GPU, where looking would mean waiting, such a length means all keys, or none, as the last
+    rule says.
 
     Raises:
         ValueError, TypeError: at construction for a bad align, window or dtype; at the call for ids of a wrong shape,
@@ -154,10 +156,15 @@ def check_window(window: tuple[int | None, int | None] | None) -> None:
     if window is None:
         return
     good = isinstance(window, tuple | list) and len(window) == 2
-    if not good or any(side is not None and (not isinstance(side, int) or side < 0) for side in window):
+    if not good or not all(side is None or (_is_integer(side) and 0 <= side < 2**63) for side in window):
         raise ValueError(
-            f"window: expected None or (left, right), each None or a number of tokens >= 0, got {window!r}"
+            "window: expected None or (left, right), each None or a number of tokens >= 0 that int64 holds, got "
+            f"{window!r}"
         )
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, int | numbers.Integral)  # int: torch.compile knows the second of constants alone
 
 
 def _check_ids(name: str, ids: torch.Tensor) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import numbers
 from typing import Any
 
 import torch
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
+FP32_MAX, FP32_TINY = torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny
+BELOW_1 = 1.0 - 2.0**-24  # the largest number of fp32 that is less than 1
+FINITE = "a finite number that fp32 holds"
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -47,28 +51,56 @@ def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...], mean
         raise ValueError(f"{name}: expected shape{what} {expected}, got {tuple(tensor.shape)}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, of Python, NumPy or a tracer, and no boolean."""
+    # torch.compile answers for its own numbers here; it knows no abstract classes.
+    if isinstance(value, float | int):
+        return not isinstance(value, bool)
+    return isinstance(value, torch.SymFloat | torch.SymInt | numbers.Real)
+
+
+def check_number(name: str, value: Any, low: float = -FP32_MAX, high: float = FP32_MAX, expected: str = "") -> float:
+    """The number as a float; raises unless it lies between two bounds within which fp32 holds it.
+
+    Compares and calls no math.isfinite: torch.compile traces comparisons of a number that changes between calls.
+    """
+    if type(value) is not float and not is_number(value):
+        raise TypeError(f"{name}: expected {expected or FINITE}, got {type(value).__name__}")
+    number = value if isinstance(value, int) else float(value)  # of an int that float refuses too
+    if not low <= number <= high:
+        raise ValueError(f"{name}: expected {expected or FINITE}, got {value}")
+    return float(number)
+
+
 def check_scale(scale: float | None, D: int) -> float:
     """The softmax scale: the given one, or D ** -0.5."""
     if scale is None:
         return float(D) ** -0.5 if D else 1.0
-    if not math.isfinite(scale):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    return float(scale)
+    return check_number("scale", scale)
 
 
 def check_softcap(softcap: float | None) -> float:
-    """The softcap as kernels take it: 0.0 for none."""
+    """The softcap as kernels take it: 0.0 for none. They divide by it, so fp32 holds its inverse too."""
     if softcap is None:
         return 0.0
-    if not (softcap > 0 and math.isfinite(softcap)):
-        raise ValueError(f"softcap: expected None or a finite number > 0, got {softcap}")
-    return float(softcap)
+    return check_number("softcap", softcap, FP32_TINY, expected="None or a finite number > 0 that fp32 holds")
 
 
 def check_probability(name: str, p: float) -> float:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {p}")
-    return float(p)
+    return check_number(name, p, 0.0, BELOW_1, "a probability in [0, 1), in fp32 too")
+
+
+def check_int(name: str, value: Any, low: int, high: int, expected: str) -> int:
+    """The number as an int; raises unless it is one, of Python or NumPy, from `low` to `high`."""
+    if not isinstance(value, int):
+        if not isinstance(value, torch.SymInt | numbers.Integral):
+            raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+        value = int(value)
+    elif isinstance(value, bool):
+        raise TypeError(f"{name}: expected {expected}, got bool")
+    if not low <= value <= high:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+    return value
 
 
 def fits_int32(numbers: torch.Tensor) -> bool:

@@ -101,13 +101,15 @@ def define(
         run: from the call object to the outputs (or Left), on real tensors of any device.
         fake: from a call object of meta tensors to empty outputs of the right shape, dtype and device.
         gradient: None for an op that has none.
-        mutates: tensor fields that the op writes.
+        mutates: tensor fields that the op writes where `call.writes`.
     """
     schema = f"{name}({_parameters(call_type, mutates)}) -> {_returns(len(output_type._fields))}"
     op = _register(
         schema, lambda *fields: _outputs_of(run(call_type(*fields))), lambda *fields: fake(call_type(*fields))
     )
     if gradient is None:
+        check = _each_writes_its_own(name, call_type, mutates) if mutates else None
+        torch_library.register_vmap(f"{NAMESPACE}::{name}", _once_per_element(name, op, check), lib=_LIBRARY)
         return _plain_or(name, run, _refusing_negative(op, call_type, mutates) if mutates else op, output_type)
     save, backward = _Rule(name, call_type, output_type, gradient).functions()
     torch_library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=save, lib=_LIBRARY)
@@ -320,17 +322,7 @@ def _with_function(
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in names]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        def element(i: int) -> list[Any]:
-            return [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
-
-        if info.batch_size == 0:
-            raise ValueError(f"gpt4v_fast.{name}: expected at least one element to map over, got none")
-        results = [as_function.apply(*element(i)) for i in range(info.batch_size)]
-        if isinstance(results[0], tuple):
-            return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
-        return torch.stack(results), 0
-
+    vmap = _once_per_element(name, lambda *args: as_function.apply(*args))
     methods = {"forward": forward, "setup_context": setup_context, "backward": backward, "vmap": vmap}
     functions = {key: staticmethod(f) for key, f in methods.items()}
     as_function: Any = type(name, (torch.autograd.Function,), functions)
@@ -349,6 +341,42 @@ def _with_function(
         return as_function.apply(*args)
 
     return call
+
+
+def _each_writes_its_own(name: str, call_type: Any, mutates: Sequence[str]) -> Callable[..., None]:
+    """Of elements that all write to one tensor the last would win."""
+
+    def check(in_dims: tuple[int | None, ...], fields: tuple[Any, ...]) -> None:
+        if call_type(*fields).writes:
+            for field, dim in zip(call_type._fields, in_dims, strict=True):
+                if field in mutates and dim is None:
+                    raise ValueError(
+                        f"gpt4v_fast.{name}: expected {field} to be mapped over, since each element writes to it, got "
+                        "one for all"
+                    )
+
+    return check
+
+
+def _once_per_element(
+    name: str, run: Callable[..., Any], check: Callable[..., None] | None = None
+) -> Callable[..., Any]:
+    """The rule of torch.func.vmap that calls `run` for each element."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        def element(i: int) -> list[Any]:
+            return [x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True)]
+
+        if info.batch_size == 0:
+            raise ValueError(f"gpt4v_fast.{name}: expected at least one element to map over, got none")
+        if check is not None:
+            check(in_dims, args)
+        results = [run(*element(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], tuple):
+            return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+        return torch.stack(results), 0
+
+    return vmap
 
 
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:

@@ -262,10 +262,20 @@ REFUSED: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ),
     ("alibi-grad", {"alibi_slopes": ones(4).requires_grad_()}, ValueError, "alibi_slopes: .* needs no gradient"),
     ("sinks-shape", {"sinks": ones(2)}, ValueError, r"sinks: expected shape .*\(4,\), got \(2,\)"),
-    ("softcap-0", {"softcap": 0.0}, ValueError, "softcap: expected None or a finite number > 0, got 0.0"),
+    (
+        "softcap-0",
+        {"softcap": 0.0},
+        ValueError,
+        "softcap: expected None or a finite number > 0 that fp32 holds, got 0.0",
+    ),
     ("softcap-nan", {"softcap": math.nan}, ValueError, "softcap: .* got nan"),
-    ("scale-inf", {"scale": math.inf}, ValueError, "scale: expected a finite number, got inf"),
-    ("dropout-1", {"dropout_p": 1.0}, ValueError, r"dropout_p: expected a probability in \[0, 1\), got 1.0"),
+    ("scale-inf", {"scale": math.inf}, ValueError, "scale: expected a finite number that fp32 holds, got inf"),
+    (
+        "dropout-1",
+        {"dropout_p": 1.0},
+        ValueError,
+        r"dropout_p: expected a probability in \[0, 1\), in fp32 too, got 1.0",
+    ),
     ("dropout-negative", {"dropout_p": -0.1}, ValueError, "dropout_p: .* got -0.1"),
     (
         "documents-one-for-both",

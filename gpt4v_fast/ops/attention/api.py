@@ -10,7 +10,7 @@ docs/design.md draws the trip of a call and says what a new option touches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, overload
 
 import torch
 
@@ -19,6 +19,11 @@ from gpt4v_fast._native import _C
 from gpt4v_fast.masks import Mask, check_align, check_window
 from gpt4v_fast.ops import checks, library, modes
 from gpt4v_fast.ops.attention import arguments, cpu, reference, triton
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from gpt4v_fast.ops.attention.options import AttentionOptions, VarlenOptions
 
 
 class _AttentionFields(NamedTuple):
@@ -81,6 +86,23 @@ class AttentionOutputs(NamedTuple):
     lse: torch.Tensor  # (B, H, S) fp32, packed (H, Nq)
 
 
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: Literal[True], **options: Unpack[AttentionOptions]
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, return_lse: bool, **options: Unpack[AttentionOptions]
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @backends.explained
 def attention(
     q: torch.Tensor,
@@ -151,10 +173,10 @@ def attention(
         key_images=ids.key_images,
         key_lengths=ids.key_lengths,
         seed=arguments.draw_seed(dropout_p),
-        causal=mask.causal,
+        causal=bool(mask.causal),
         bottom_right=mask.align == "bottom_right",
-        window_left=-1 if left is None else left,
-        window_right=-1 if right is None else right,
+        window_left=-1 if left is None else int(left),
+        window_right=-1 if right is None else int(right),
         scale=checks.check_scale(scale, D),
         softcap=checks.check_softcap(softcap),
         dropout_p=dropout_p,
@@ -163,6 +185,39 @@ def attention(
     return (out, lse) if return_lse else out
 
 
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[VarlenOptions],
+) -> torch.Tensor: ...
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[VarlenOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[VarlenOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @backends.explained
 def attention_varlen(
     q: torch.Tensor,
@@ -221,10 +276,10 @@ def attention_varlen(
         cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k,
         seed=arguments.draw_seed(dropout_p),
-        causal=causal,
+        causal=bool(causal),
         bottom_right=align == "bottom_right",
-        window_left=-1 if left is None else left,
-        window_right=-1 if right is None else right,
+        window_left=-1 if left is None else int(left),
+        window_right=-1 if right is None else int(right),
         max_seqlen_q=arguments.check_longest("max_seqlen_q", max_seqlen_q),
         max_seqlen_k=arguments.check_longest("max_seqlen_k", max_seqlen_k),
         scale=checks.check_scale(scale, D),

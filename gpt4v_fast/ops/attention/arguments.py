@@ -102,9 +102,7 @@ def check_longest(name: str, longest: int | None) -> int:
     """The limit as the op takes it: -1 for none."""
     if longest is None:
         return -1
-    if longest < 0:
-        raise ValueError(f"{name}: expected None or a length >= 0, got {longest}")
-    return longest
+    return checks.check_int(name, longest, 0, checks.INT64_MAX, "None or a length >= 0")
 
 
 def check_starts(call: AttentionCall) -> tuple[AttentionCall, int]:

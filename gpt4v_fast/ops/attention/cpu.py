@@ -76,16 +76,20 @@ def _native(call: AttentionCall) -> AttentionCall:
 
 
 def _int32_ids(call: AttentionCall) -> dict[str, torch.Tensor | None]:
-    """The mask's ids in int32. Raises ValueError for key lengths that int32 does not hold."""
+    """The mask's ids in int32. Raises ValueError for key lengths that are negative or that int32 does not hold."""
     query_documents, key_documents = _narrow(call.query_documents, call.key_documents)
     query_images, key_images = _narrow(call.query_images, call.key_images)
     lengths = call.key_lengths
+    if lengths is not None:
+        lengths = checks.check_int32("key_lengths", lengths)
+        if (lowest := min(lengths.tolist(), default=0)) < 0:
+            raise ValueError(f"key_lengths: expected numbers of 0 or more, got {lowest}")
     return {
         "query_documents": query_documents,
         "key_documents": key_documents,
         "query_images": query_images,
         "key_images": key_images,
-        "key_lengths": None if lengths is None else checks.check_int32("key_lengths", lengths),
+        "key_lengths": lengths,
     }
 
 

@@ -7,7 +7,7 @@ user -> attention_kvcache -> KvCacheCall -> gpt4v_fast::attention_kvcache
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, overload
 
 import torch
 
@@ -16,6 +16,11 @@ from gpt4v_fast._native import _C
 from gpt4v_fast.masks import check_window
 from gpt4v_fast.ops import checks, library
 from gpt4v_fast.ops.attention import arguments, kvcache_cpu, kvcache_reference
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from gpt4v_fast.ops.attention.options import KvCacheOptions
 
 
 class _KvCacheFields(NamedTuple):
@@ -54,6 +59,11 @@ class KvCacheCall(backends.Call, _KvCacheFields):
         """How many tokens the call appends to each entry."""
         return 0 if self.k is None else self.k.shape[1]
 
+    @property
+    def writes(self) -> bool:
+        """Whether it writes to the caches."""
+        return self.k is not None
+
     def extras(self) -> tuple[bool, ...]:
         _, S, H, D = self.q.shape
         pages, page, Hkv, _ = self.k_cache.shape
@@ -72,6 +82,36 @@ class KvCacheOutputs(NamedTuple):
     lse: torch.Tensor  # (B, H, S) fp32
 
 
+@overload
+def attention_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[KvCacheOptions],
+) -> torch.Tensor: ...
+@overload
+def attention_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[KvCacheOptions],
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache_lengths: torch.Tensor,
+    *,
+    return_lse: bool,
+    **options: Unpack[KvCacheOptions],
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @backends.explained
 def attention_kvcache(
     q: torch.Tensor,
@@ -133,9 +173,9 @@ def attention_kvcache(
     call = KvCacheCall(
         *tensors,
         rotary_interleaved=bool(rotary_interleaved),
-        causal=causal,
-        window_left=-1 if left is None else left,
-        window_right=-1 if right is None else right,
+        causal=bool(causal),
+        window_left=-1 if left is None else int(left),
+        window_right=-1 if right is None else int(right),
         scale=checks.check_scale(scale, q.shape[3]),
         softcap=checks.check_softcap(softcap),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -33,17 +32,12 @@ def check_options(
             raise ValueError(f"{weight_name}: expected a tensor that needs no gradient, got one that does")
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing: expected a number in [0, 1], got {label_smoothing}")
-    if not math.isfinite(z_loss):
-        raise ValueError(f"z_loss: expected a finite number, got {z_loss}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    bounds = checks.INT64_MIN, checks.INT64_MAX
     return {
         "class_weight": class_weight,
-        "ignore_index": ignore_index,
-        "label_smoothing": float(label_smoothing),
+        "ignore_index": checks.check_int("ignore_index", ignore_index, *bounds, "an int of 64 bits"),
+        "label_smoothing": checks.check_number("label_smoothing", label_smoothing, 0.0, 1.0, "a number in [0, 1]"),
         "softcap": checks.check_softcap(softcap),
         "reduction": reduction,
-        "z_loss": float(z_loss),
+        "z_loss": checks.check_number("z_loss", z_loss, 0.0, expected="a finite number of 0 or more that fp32 holds"),
     }

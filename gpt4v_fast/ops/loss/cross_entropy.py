@@ -10,7 +10,7 @@ With process_group: gpt4v_fast::sharded_cross_entropy, which runs the same on a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import torch
 
@@ -22,6 +22,9 @@ from gpt4v_fast.ops.loss.reference import LossStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from gpt4v_fast.ops.loss.options import CrossEntropyOptions
 
 
 class _CrossEntropyFields(NamedTuple):
@@ -49,6 +52,22 @@ class CrossEntropyCall(backends.Call, _CrossEntropyFields):
         return self.target
 
 
+@overload
+def cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[CrossEntropyOptions],
+) -> torch.Tensor: ...
+@overload
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, *, return_stats: Literal[True], **options: Unpack[CrossEntropyOptions]
+) -> tuple[torch.Tensor, LossStats]: ...
+@overload
+def cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, *, return_stats: bool, **options: Unpack[CrossEntropyOptions]
+) -> torch.Tensor | tuple[torch.Tensor, LossStats]: ...
 @backends.explained
 def cross_entropy(
     logits: torch.Tensor,
@@ -117,6 +136,8 @@ def cross_entropy(
     if logits.dim() == 0 or (logits.shape[-1] == 0 and process_group is None):
         raise ValueError(f"logits: expected shape (..., V) with V at least 1, got {tuple(logits.shape)}")
     V = logits.shape[-1]
+    if logits.dim() > 2 and isinstance(target, torch.Tensor):
+        _check_classes_last(logits, target)
     target = labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
     options = arguments.check_options(
         "weight", weight, V, logits, ignore_index, reduction, label_smoothing, z_loss, softcap
@@ -139,6 +160,15 @@ def cross_entropy(
     return rows.result(call, outputs, target, return_stats)
 
 
+def _check_classes_last(logits: torch.Tensor, target: torch.Tensor) -> None:
+    shape, labels_shape = tuple(logits.shape), tuple(target.shape)
+    if labels_shape != shape[:-1] and labels_shape == (shape[0], *shape[2:]):
+        raise ValueError(
+            f"logits: expected shape (..., V), the classes last, got {shape} for target {labels_shape}, the classes "
+            "second as for F.cross_entropy: logits.movedim(1, -1) has them last"
+        )
+
+
 def _run(call: CrossEntropyCall) -> Any:
     backend = backends.pick(call)
     rows.look_at_labels(call.target, call.logits.shape[1], call.ignore_index, backend.backend)
@@ -150,7 +180,7 @@ def _backward(call: CrossEntropyCall, saved: Any, upstream: Any, wanted: Any) ->
     # Where nothing is left the op itself runs, and no registered op may return its argument.
     out = call.logits.detach() if saved.left and _can_be_overwritten(call.logits) else None
     slopes = rows.slopes(call, saved, upstream)
-    backend: Any = backends.pick(call)
+    backend: Any = backends.pick(call, again=True)
     gradient = backend.backward_rows(call, saved, slopes, wanted, out=out)["logits"]
     if out is not None:
         torch.autograd.graph.increment_version(call.logits)

@@ -34,8 +34,8 @@ def shifted(target: torch.Tensor, shift: int, ignore_index: int) -> torch.Tensor
     """target (..., T) with position t holding label t + shift; the last `shift` positions are ignored."""
     if shift == 0:
         return target
-    shift = min(shift, target.shape[-1])
-    return torch.nn.functional.pad(target[..., shift:], (0, shift), value=ignore_index)
+    # Padded first: a tensor of length T - shift would make torch.export ask whether that is 1.
+    return torch.nn.functional.pad(target, (0, shift), value=ignore_index)[..., shift:]
 
 
 def are_bad(labels: torch.Tensor, V: int, ignore_index: int) -> torch.Tensor:

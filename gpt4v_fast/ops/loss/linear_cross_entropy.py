@@ -11,7 +11,7 @@ docs/kernels/linear_cross_entropy.md says why each of these ways exists.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 
@@ -24,6 +24,9 @@ from gpt4v_fast.ops.loss.reference import LossStats
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+    from gpt4v_fast.ops.loss.options import LinearCrossEntropyOptions
 
 # Whether gradients are wanted, and if so, whether forward may do work ahead for its own backward pass.
 NEVER, LATER, AHEAD = "", "later", "ahead"
@@ -77,6 +80,33 @@ class LinearCrossEntropyOutputs(NamedTuple):
     kept: torch.Tensor  # bytes of logits (csrc/loss/kept_logits.h), or empty
 
 
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> torch.Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: Literal[True],
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> tuple[torch.Tensor, LossStats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: bool,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> torch.Tensor | tuple[torch.Tensor, LossStats]: ...
 @backends.explained
 def linear_cross_entropy(
     hidden: torch.Tensor,
@@ -145,10 +175,12 @@ def linear_cross_entropy(
     options = arguments.check_options(
         "class_weight", class_weight, V, hidden, ignore_index, reduction, label_smoothing, z_loss, softcap
     )
-    if isinstance(shift, bool) or not isinstance(shift, int):
-        raise TypeError(f"shift: expected an int, got {type(shift).__name__}")
-    if shift < 0 or (shift > 0 and target.dim() == 0):
-        raise ValueError(f"shift: expected 0 or more, and 0 for a single token, got {shift}")
+    shift = checks.check_int("shift", shift, 0, checks.INT64_MAX, "an int of 0 or more")
+    positions = target.shape[-1] if target.dim() else 0
+    if shift > positions:
+        raise ValueError(
+            f"shift: expected at most the {positions} positions of target (0 for a single token), got {shift}"
+        )
     shards = vocab_parallel.find_shards("weight", V, process_group, vocab_sizes)
     hidden = hidden.reshape(target.numel(), E)
     outputs: Any
@@ -215,7 +247,7 @@ def _kept(call: LinearCrossEntropyCall) -> torch.Tensor:
 
 
 def _backward(call: LinearCrossEntropyCall, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
-    return backends.pick(call).backward(call, saved, upstream, wanted)
+    return backends.pick(call, again=True).backward(call, saved, upstream, wanted)
 
 
 backends.register(

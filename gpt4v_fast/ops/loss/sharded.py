@@ -98,7 +98,7 @@ def _backward(call: Any, saved: Any, upstream: Any, wanted: Any, of: tuple[str, 
     found = []
     for part, its_slopes in vocab_parallel.backward_calls(call, slopes, saved.label_weight, saved.weight_sum):
         local = call.of(part)
-        backend: Any = backends.pick(local)
+        backend: Any = backends.pick(local, again=True)
         found.append(backend.backward_rows(local, saved, its_slopes, wanted, shard=True))
     gradients: dict[str, torch.Tensor | None] = {}
     for field in of:

@@ -99,7 +99,7 @@ def patch_embed(
     checks.check_tensor("weight", weight)
     if pixels.dim() not in (4, 5):
         raise ValueError(f"pixels: expected (B, C, H, W) or (B, C, frames, H, W), got shape {tuple(pixels.shape)}")
-    check_weight(weight, pixels.shape[1], pixels.dim())
+    check_weight(weight, pixels, pixels.dim())
     checks.check_device("weight", weight, "pixels", pixels)
     grid = patch_grid("pixels", tuple(pixels.shape[2:]), tuple(weight.shape[2:]))
     scale, shift = pixel_transform(pixels, pixels.shape[1], mean, std, rescale)
@@ -121,7 +121,7 @@ def _fake(call: PatchEmbedCall) -> PatchEmbedOutputs:
 def _backward(call: PatchEmbedCall, saved: Any, upstream: Any, wanted: Any) -> dict[str, torch.Tensor | None]:
     grad_tokens, gradients = upstream.tokens, {}
     if wanted.weight or wanted.pixels:
-        gradients = backends.pick(call).backward(call, saved, upstream, wanted)
+        gradients = backends.pick(call, again=True).backward(call, saved, upstream, wanted)
     if call.bias is not None and wanted.bias:
         gradients["bias"] = grad_tokens.sum((0, 1), dtype=torch.float32).to(call.bias.dtype)
     if call.pos_embed is not None and wanted.pos_embed:

@@ -79,7 +79,7 @@ def check_images(images: Sequence[torch.Tensor], weight: torch.Tensor) -> list[t
         checks.check_tensor(name, image, ndim=3, dtypes=arguments.PIXEL_DTYPES)
         checks.check_like(name, image, "images[0]", images[0])
         checks.check_device(name, image, "weight", weight)
-        arguments.check_weight(weight, image.shape[0], 4)
+        arguments.check_weight(weight, image, 4, name)
         rows, columns = arguments.patch_grid(name, tuple(image.shape[1:]), tuple(weight.shape[2:]))
         grids.append((rows, columns))
     return grids
@@ -89,8 +89,8 @@ def check_table(
     pos_embed: torch.Tensor | None, pos_grid: int | None, weight: torch.Tensor
 ) -> tuple[torch.Tensor | None, int]:
     """pos_embed as (G*G, E), and G."""
-    if pos_grid is not None and (isinstance(pos_grid, bool) or not isinstance(pos_grid, int) or pos_grid < 1):
-        raise ValueError(f"pos_grid: expected None or an integer of at least 1, got {pos_grid!r}")
+    if pos_grid is not None:
+        pos_grid = checks.check_int("pos_grid", pos_grid, 1, checks.INT32_MAX, "None or an integer of at least 1")
     if pos_embed is None:
         if pos_grid is not None:
             raise ValueError(f"pos_grid: expected None where pos_embed is None, got {pos_grid}")
