@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from gpt4v_fast.doctor import usable_cores
+
 from . import record, registry, report, timing
 from .peaks import READ_BYTES
 from .runner import Progress, run_cases
@@ -19,6 +22,7 @@ from .runner import Progress, run_cases
 QUICK = timing.Settings(rounds=3, max_rounds=3, min_sample_s=0.001, probe_s=0.002)
 QUICK_READ_BYTES = 8 * 2**20
 PUBLISHED_ROUNDS = 7
+THREADS_PER_CORE = 4  # more than that only starves the machine
 
 
 def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = None) -> None:
@@ -68,9 +72,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
     Raises:
         ValueError: a filter that fits no case, a count below 1, or a record to continue of other conditions.
     """
-    for name in ("rounds", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    _check_counts(args)
     if args.resume is not None and args.json is not None:
         raise ValueError("--resume: expected no --json beside it, since it writes the record where it found it")
     for path in (args.json, args.resume, args.html):
@@ -109,6 +111,20 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
     if not made["complete"]:
         return 130
     return 1 if any(_ours_went_wrong(result) for result in made["results"]) else 0
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    for name in ("rounds", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise ValueError(f"--budget: expected seconds above 0, got {args.budget:g}")
+    cores = usable_cores()
+    most, allowed = THREADS_PER_CORE * cores, f"{THREADS_PER_CORE} for each of the {cores} cores this process may use"
+    if args.threads is not None and args.threads > most:
+        raise ValueError(f"--threads: expected at most {most} ({allowed}), got {args.threads}")
+    if args.threads is None and torch.get_num_threads() > most:
+        raise ValueError(f"OMP_NUM_THREADS: expected at most {most} ({allowed}), got {torch.get_num_threads()}")
 
 
 def _usual_part(device: str) -> str:

@@ -16,6 +16,7 @@ import torch
 from benchmark_cases import broken, make_case, right, run_fake, unavailable, wrong
 
 import gpt4v_fast as gf
+from gpt4v_fast import doctor
 from gpt4v_fast._native import _C
 from gpt4v_fast.benchmarks import command, memory, peaks, plots, record, registry, report, runner
 from gpt4v_fast.cli import main
@@ -355,7 +356,14 @@ def test_quick_bench_from_the_command_line_to_the_record_and_the_page(tmp_path, 
     [
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--threads", "-1"], "--threads: expected at least 1, got -1"),
-        (["--case", "nothing"], "case: expected a part of one of"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--threads", "99999"], "--threads: expected at most"),
+        (["--budget", "0"], "--budget: expected seconds above 0, got 0"),
+        (["--budget", "nan"], "--budget: expected seconds above 0, got nan"),
+        (["--case", "nothing"], "case: expected a part of a name that --list shows, got 'nothing'"),
+        (["--case", "quick_casual"], "got 'quick_casual'; close: quick_causal"),
+        (["--case", "quick_causal", "--case", "quick_liner"], "got 'quick_liner'; close: quick_linear"),
+        (["--case", ""], "got ''"),
         (["--json", "no/such/folder/x.json"], "expected a path in an existing folder"),
         (["--resume", "no/such/folder/x.json"], "expected a path in an existing folder"),
         (["--resume", __file__], "expected a record of a benchmark, got"),
@@ -366,6 +374,18 @@ def test_bad_options_end_in_one_line(arguments, message, capsys):
     assert main(["bench", "--quick", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_threads_of_the_environment_are_limited_too(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4 * doctor.usable_cores() + 1)
+    assert main(["bench", "--quick", "--list"]) == 2
+    assert "OMP_NUM_THREADS: expected at most" in capsys.readouterr().err
+
+
+def test_a_case_without_the_asked_dtype_says_which_it_has(capsys):
+    assert main(["bench", "--quick", "--case", "quick_decode", "--direction", "backward"]) == 2
+    error = capsys.readouterr().err
+    assert "case quick_decode: expected a dtype and direction that it has (fp32 forward" in error
 
 
 def test_the_modules_run_from_the_source_tree():
