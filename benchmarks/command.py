@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
     parser.add_argument("--rounds", type=int, help="samples of each contender that must count (default 7)")
     parser.add_argument("--threads", type=int, help="threads of every contender (default: torch's)")
     parser.add_argument(
+        "--beside", type=int, default=0, metavar="N", help="busy processes beside every measurement (default 0)"
+    )
+    parser.add_argument(
         "--device",
         choices=registry.DEVICES,
         default="cpu",
@@ -90,6 +93,8 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         return 0
     path = args.resume or args.json
     file = None if path in (None, "-") else Path(path)
+    if args.beside and file is not None:
+        _keep_quiet_numbers(file)
 
     def on_result(progress: Progress, made: dict[str, Any]) -> None:
         if file is not None:
@@ -103,6 +108,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         settings=_settings(args),
         read_bytes=QUICK_READ_BYTES if args.quick else READ_BYTES,
         device=args.device,
+        beside=args.beside,
         command=command,
         earlier=record.read(file) if args.resume and file is not None and file.exists() else None,
         on_result=on_result,
@@ -119,12 +125,25 @@ def _check_counts(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
     if args.budget is not None and not 0 < args.budget < math.inf:
         raise ValueError(f"--budget: expected seconds above 0, got {args.budget:g}")
+    if args.beside < 0:
+        raise ValueError(f"--beside: expected at least 0, got {args.beside}")
     cores = usable_cores()
     most, allowed = THREADS_PER_CORE * cores, f"{THREADS_PER_CORE} for each of the {cores} cores this process may use"
-    if args.threads is not None and args.threads > most:
-        raise ValueError(f"--threads: expected at most {most} ({allowed}), got {args.threads}")
+    for name in ("threads", "beside"):
+        if getattr(args, name) is not None and getattr(args, name) > most:
+            raise ValueError(f"--{name}: expected at most {most} ({allowed}), got {getattr(args, name)}")
     if args.threads is None and torch.get_num_threads() > most:
         raise ValueError(f"OMP_NUM_THREADS: expected at most {most} ({allowed}), got {torch.get_num_threads()}")
+
+
+def _keep_quiet_numbers(file: Path) -> None:
+    """Raises where a run beside busy processes would replace a record of a run without."""
+    try:
+        quiet = record.beside(record.read(file)) == 0
+    except ValueError:
+        return
+    if quiet:
+        raise ValueError(f"{file}: expected a path of its own for a run with --beside, got the record of one without")
 
 
 def _usual_part(device: str) -> str:
@@ -137,6 +156,8 @@ def _settings(args: argparse.Namespace) -> timing.Settings:
     settings = QUICK if args.quick else timing.Settings()
     if args.rounds is not None:
         settings = dataclasses.replace(settings, rounds=args.rounds, max_rounds=3 * args.rounds)
+    if args.beside:  # the probes meet the busy processes in one moment and not in the next: every sample counts
+        settings = dataclasses.replace(settings, tolerance=1.0)
     if args.budget is not None:
         settings = dataclasses.replace(settings, slowest_s=args.budget)
     return settings

@@ -40,15 +40,16 @@ DIGITS = 5  # significant ones of a measured number in the file
 PEERS = ("cut-cross-entropy", "liger-kernel", "openvino", "onnxruntime", "onnx")
 # What must be the same where a run is continued: anything else would put different machines or programs side by side.
 CONTINUED = (
-    "schema", "commit", "cpu", "cores", "gpus", "isa", "threads", "device", "versions", "environment", "settings"
+    "schema", "commit", "cpu", "cores", "gpus", "isa", "threads", "device", "versions", "environment", "settings",
+    "beside",
 )  # fmt: skip
-MACHINE = ("schema", "cpu", "gpus", "device")  # what the runs of one file have in common
+MACHINE = ("schema", "cpu", "gpus", "device", "beside")  # what the runs of one file have in common
 
 
 def new(
-    command: str, threads: int, settings: Settings, peaks: Mapping[str, float], device: str = "cpu"
+    command: str, threads: int, settings: Settings, peaks: Mapping[str, float], device: str = "cpu", beside: int = 0
 ) -> dict[str, Any]:
-    """A record without results."""
+    """A record without results. beside: the busy processes beside every measurement."""
     machine = doctor.machine()
     return {
         "schema": SCHEMA,
@@ -61,6 +62,7 @@ def new(
         "isa": machine["isa"],
         "threads": threads,
         "device": device,
+        "beside": beside,
         "versions": {"gpt4v_fast": gf.__version__, **doctor.versions(), **_peer_versions()},
         "environment": doctor.environment(),
         "load": {"before": load(), "after": None},
@@ -80,6 +82,11 @@ def _peer_versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def beside(head: Mapping[str, Any]) -> int:
+    """The busy processes beside a run: its numbers stand for a shared machine. Old records do not have the field."""
+    return int(head.get("beside", 0))
 
 
 def finish(record: dict[str, Any]) -> None:
@@ -188,8 +195,8 @@ def merged(stored: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: they are of different machines.
     """
     for name in MACHINE:
-        if stored[name] != new[name]:
-            raise ValueError(f"the record to merge: expected {name} {stored[name]!r}, got {new[name]!r}")
+        if stored.get(name, 0) != new.get(name, 0):
+            raise ValueError(f"the record to merge: expected {name} {stored.get(name, 0)!r}, got {new.get(name, 0)!r}")
     cases = {result_id(result): result for result in stored["results"]}
     for result in new["results"]:
         known = cases.get(result_id(result))
@@ -214,7 +221,7 @@ def continued(record: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
     if earlier.get("earlier"):
         raise ValueError("the record to continue: expected one run, got one of several")
     for name in CONTINUED:
-        now, then = (json.loads(text({name: x[name]})) for x in (record, earlier))
+        now, then = (json.loads(text({name: x.get(name, 0)})) for x in (record, earlier))
         if now != then:
             raise ValueError(f"the record to continue: expected {name} {now[name]}, got {then[name]}")
     return {**record, "date": earlier["date"], "results": list(earlier["results"])}
@@ -357,7 +364,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.command == "merge":
         write(merged(read(args.files[1]), first) if args.files[1].exists() else first, args.files[1])
     else:
-        pairs = compared(first, read(args.files[1]))
+        second = read(args.files[1])
+        if beside(first) != beside(second):
+            print(f"busy processes beside the runs: {beside(first)} -> {beside(second)}; not the kernels alone differ")
+        pairs = compared(first, second)
         for name, old_ms, new_ms in pairs:
             word = "  slower" if is_slower(old_ms, new_ms) else ""
             print(f"{name:<70} {old_ms:10.4f} -> {new_ms:10.4f} ms  {new_ms / old_ms:5.2f}x{word}")

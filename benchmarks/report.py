@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from . import plots
-from .record import SAME
+from .record import SAME, beside
 
 FOLLOWS = 0.15  # how far time may be from the share of blocks that a mask leaves
 PAGES = 2**20  # extra memory below that is a few pages, and says nothing of growth
@@ -100,6 +100,8 @@ def summary_text(record: Mapping[str, Any]) -> str:
         f"{counted} samples counted, {dropped} dropped because the machine's peak moved around them",
     ]
     lines += [f"  not run: {name}: {reason}" for name, reason in _missing(results).items()]
+    if beside(record):
+        lines.append(f"{beside(record)} busy processes ran beside it: times of a shared machine, every sample counted")
     before = record["load"]["before"]
     if before is not None and before[0] > BUSY * record["cores"] and not _on_gpu(record):
         lines.append(
@@ -185,6 +187,7 @@ def html_report(record: Mapping[str, Any]) -> str:
         "date": f"{record['date']} to {record.get('finished', '')}",
         "command": record["command"],
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version),
+        "beside": f"{beside(record)} busy processes",
         "load": f"{record['load']['before']} before, {record['load']['after']} after",
         "peaks": ", ".join(f"{name} {value:.0f}" for name, value in record["peaks"].items())
         + " (GFLOP/s, GFLOP/s, GB/s)",
