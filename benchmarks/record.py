@@ -178,13 +178,15 @@ def standing(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     timed = [row for row in rows if row["status"] == "timed" and row["median_ms"]]
     ours = min((row["median_ms"] for row in timed if row["ours"]), default=None)
     best = min((row for row in timed if not row["ours"]), key=lambda row: row["median_ms"], default=None)
-    ratio = best["median_ms"] / ours if best and ours else None
+    compared = [row for row in timed if row is best or (row["ours"] and row["median_ms"] == ours)]
+    single = best is not None and ours is not None and any(row["samples"] == 1 for row in compared)
+    ratio = best["median_ms"] / ours if best and ours and not single else None
     return {
         "best_peer": best["name"] if best else None,
         "ratio": ratio,
         # A row with a time and a reason has too few samples.
         "sure": ratio is not None and not any(row["reason"] for row in timed if row["ours"] or row is best),
-        "verdict": verdict(ratio, best["name"] if best else None),
+        "verdict": "no comparison: one sample" if single else verdict(ratio, best["name"] if best else None),
     }
 
 

@@ -47,6 +47,10 @@ class Unavailable(RuntimeError):
     """Raised by a contender that can't run here; the message is the reason that is printed."""
 
 
+class NotInstalled(Unavailable):
+    """It could run here if it were installed."""
+
+
 class Expected(NamedTuple):
     """A part of an output: outputs[name][index] should be `exact` (fp64), and may be off by about `scale` units
     roundoff of the case's dtype (scales.py)."""
@@ -226,13 +230,13 @@ def import_peers(*names: str, how: str = ' (pip install "gpt4v_fast[bench-peers]
     """The modules of a peer that is no dependency.
 
     Raises:
-        Unavailable: one is not installed; `how` says how to get it.
+        NotInstalled: one is not; `how` says how to get it.
     """
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
         missing = (error.name or names[0]).split(".")[0]
-        raise Unavailable(f"{missing} is not installed{how}") from None
+        raise NotInstalled(f"{missing} is not installed{how}") from None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import gpt4v_fast as gf
 from . import check, gpu, memory, record, timing
 from .beside import busy_processes
 from .peaks import READ_BYTES, Peaks
-from .registry import Case, Chosen, Contender, Inputs, Outputs, Run, Unavailable
+from .registry import Case, Chosen, Contender, Inputs, NotInstalled, Outputs, Run, Unavailable
 
 LARGEST_SHARE = 0.85  # of the free memory: what is estimated to take more is not tried
 
@@ -212,6 +212,8 @@ def checked(
         try:
             outputs = contender.make(case, check_inputs)()
             yield contender, check.check(outputs, expected, case.dtype), None
+        except NotInstalled as error:
+            yield contender, None, ("not installed", str(error))
         except Unavailable as error:
             yield contender, None, ("unavailable", str(error))
         except check.WrongResult as error:

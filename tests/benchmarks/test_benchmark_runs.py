@@ -40,7 +40,7 @@ class TestRunner:
         assert rows["broken"]["reason"] == "not on this processor"
         assert result["best_peer"] == "good" and result["ratio"] > 0
         text = report.case_text(result)
-        assert "refused: its result is wrong" in text and "unavailable: it is not installed" in text
+        assert "refused: its result is wrong" in text and "cannot run: it is not installed" in text
 
     def test_a_contender_over_the_limit_is_not_timed(self, monkeypatch):
         monkeypatch.setattr(command, "QUICK", replace(command.QUICK, slowest_s=-1.0))
@@ -191,7 +191,7 @@ class TestReport:
         made = record.new("", 1, command.QUICK, {"fma": 1.0, "dot_bf16": 2.0, "read": 3.0})
         made["results"] = [run_fake(monkeypatch, gpt4v_fast=right, absent=unavailable, bad=wrong)]
         text = report.summary_text(made)
-        assert "not run: absent: it is not installed" in text and "not run: bad" not in text
+        assert "  absent: cannot run: it is not installed" in text and "  bad: " not in text
 
     def test_memory_stands_in_the_row(self, monkeypatch):
         result = run_fake(monkeypatch, gpt4v_fast=right, peer=right)
@@ -220,11 +220,11 @@ class TestReport:
         assert "slower: attention fake fp32 forward: slower than peer" in report.summary_text(made)
 
     def test_few_samples_make_the_verdict_unsure(self, monkeypatch):
-        probes = iter([100.0] * 3 + [50.0, 100.0] * 9)  # the first two samples count, one of each
+        probes = iter([100.0] * 5 + [50.0, 100.0] * 9)  # the first four samples count, two of each
         machine = peaks.Peaks(1, 0.001, 2**20)
         monkeypatch.setattr(machine, "probe", lambda bound: lambda: next(probes))
         result = runner.run_case(make_case(gpt4v_fast=right, peer=right), machine, command.QUICK, runner.Progress(1))
-        assert result["contenders"][0]["reason"] == "only 1 of 3 samples counted"
+        assert result["contenders"][0]["reason"] == "only 2 of 3 samples counted"
         assert result["sure"] is False and "(unsure: too few samples counted)" in report.case_text(result)
         assert run_fake(monkeypatch, gpt4v_fast=right, peer=right)["sure"] is True
 
@@ -337,7 +337,7 @@ def test_quick_bench_from_the_command_line_to_the_record_and_the_page(tmp_path, 
     for result in made["results"]:
         assert {name: type(result[name]) for name in RESULT} == RESULT
         for row in result["contenders"]:
-            assert row["status"] in ("timed", "noisy") or (row["status"] == "unavailable" and not row["ours"]), row
+            assert row["status"] in ("timed", "noisy") or (row["status"] in report.NOT_RUN and not row["ours"]), row
             if row["status"] == "timed":
                 assert all(math.isfinite(row[name]) and row[name] >= 0 for name in TIMED)
                 assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
