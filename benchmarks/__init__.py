@@ -5,6 +5,7 @@ registry.py   what is timed; the cases themselves stand in attention.py, curves.
               the peers in attention_peers.py, engines.py and loss_peers.py
 check.py      no time before the numbers are right; scales.py says how far off a right one may be
 timing.py     interleaved rounds between peak probes; peaks.py has the probes
+beside.py     busy processes beside the measurement
 memory.py     extra memory of one call, in a process of its own
 runner.py     runs cases; record.py keeps the record (JSON), report.py shows it: table, HTML with plots.py
 command.py    the options

@@ -9,6 +9,7 @@ change numbers leaves a record as it is, on the same machine with the same torch
 from __future__ import annotations
 
 import argparse
+import difflib
 import hashlib
 import json
 import platform
@@ -150,6 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the cases' ids and run none")
     args = parser.parse_args(arguments)
     chosen, isas = cases(args.op, args.case, args.quick), args.isa or available
+    for text in args.case:  # comparing no case would pass
+        if not any(text in case.id for case in chosen):
+            close = difflib.get_close_matches(text, [case.id for case in cases(args.op)], n=5, cutoff=0.3)
+            parser.error(f"--case: expected a part of an id that --list shows, got {text!r}; close: {', '.join(close)}")
     if args.list:
         print("\n".join(case.id for case in chosen))
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from gpt4v_fast.doctor import usable_cores
+
 from . import record, registry, report, timing
 from .peaks import READ_BYTES
 from .runner import Progress, run_cases
@@ -19,6 +22,7 @@ from .runner import Progress, run_cases
 QUICK = timing.Settings(rounds=3, max_rounds=3, min_sample_s=0.001, probe_s=0.002)
 QUICK_READ_BYTES = 8 * 2**20
 PUBLISHED_ROUNDS = 7
+THREADS_PER_CORE = 4  # more than that only starves the machine
 
 
 def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = None) -> None:
@@ -34,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser, ops: Sequence[str] | None = N
     )
     parser.add_argument("--rounds", type=int, help="samples of each contender that must count (default 7)")
     parser.add_argument("--threads", type=int, help="threads of every contender (default: torch's)")
+    parser.add_argument(
+        "--beside", type=int, default=0, metavar="N", help="busy processes beside every measurement (default 0)"
+    )
     parser.add_argument(
         "--device",
         choices=registry.DEVICES,
@@ -68,9 +75,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
     Raises:
         ValueError: a filter that fits no case, a count below 1, or a record to continue of other conditions.
     """
-    for name in ("rounds", "threads"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    _check_counts(args)
     if args.resume is not None and args.json is not None:
         raise ValueError("--resume: expected no --json beside it, since it writes the record where it found it")
     for path in (args.json, args.resume, args.html):
@@ -88,6 +93,8 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         return 0
     path = args.resume or args.json
     file = None if path in (None, "-") else Path(path)
+    if args.beside and file is not None:
+        _keep_quiet_numbers(file)
 
     def on_result(progress: Progress, made: dict[str, Any]) -> None:
         if file is not None:
@@ -101,6 +108,7 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
         settings=_settings(args),
         read_bytes=QUICK_READ_BYTES if args.quick else READ_BYTES,
         device=args.device,
+        beside=args.beside,
         command=command,
         earlier=record.read(file) if args.resume and file is not None and file.exists() else None,
         on_result=on_result,
@@ -109,6 +117,33 @@ def run_arguments(args: argparse.Namespace, command: str, ops: Sequence[str] | N
     if not made["complete"]:
         return 130
     return 1 if any(_ours_went_wrong(result) for result in made["results"]) else 0
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    for name in ("rounds", "threads"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(args, name)}")
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        raise ValueError(f"--budget: expected seconds above 0, got {args.budget:g}")
+    if args.beside < 0:
+        raise ValueError(f"--beside: expected at least 0, got {args.beside}")
+    cores = usable_cores()
+    most, allowed = THREADS_PER_CORE * cores, f"{THREADS_PER_CORE} for each of the {cores} cores this process may use"
+    for name in ("threads", "beside"):
+        if getattr(args, name) is not None and getattr(args, name) > most:
+            raise ValueError(f"--{name}: expected at most {most} ({allowed}), got {getattr(args, name)}")
+    if args.threads is None and torch.get_num_threads() > most:
+        raise ValueError(f"OMP_NUM_THREADS: expected at most {most} ({allowed}), got {torch.get_num_threads()}")
+
+
+def _keep_quiet_numbers(file: Path) -> None:
+    """Raises where a run beside busy processes would replace a record of a run without."""
+    try:
+        quiet = record.beside(record.read(file)) == 0
+    except ValueError:
+        return
+    if quiet:
+        raise ValueError(f"{file}: expected a path of its own for a run with --beside, got the record of one without")
 
 
 def _usual_part(device: str) -> str:
@@ -121,6 +156,8 @@ def _settings(args: argparse.Namespace) -> timing.Settings:
     settings = QUICK if args.quick else timing.Settings()
     if args.rounds is not None:
         settings = dataclasses.replace(settings, rounds=args.rounds, max_rounds=3 * args.rounds)
+    if args.beside:  # the probes meet the busy processes in one moment and not in the next: every sample counts
+        settings = dataclasses.replace(settings, tolerance=1.0)
     if args.budget is not None:
         settings = dataclasses.replace(settings, slowest_s=args.budget)
     return settings

@@ -54,9 +54,11 @@ class Standing(NamedTuple):
 
 
 def records(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The records by machine and op ("zen5-loss"), in the order of MACHINES."""
+    """The records by machine and op ("zen5-loss"), in the order of MACHINES; without those of runs beside busy
+    processes, whose times are not the kernels' alone."""
     found = [path for machine in MACHINES for path in sorted(folder.glob(f"{machine}-*.json"))]
-    return {path.stem: record.read(path) for path in found}
+    by_name = {path.stem: record.read(path) for path in found}
+    return {name: of_machine for name, of_machine in by_name.items() if record.beside(of_machine) == 0}
 
 
 def page(by_name: Mapping[str, Mapping[str, Any]]) -> str:

@@ -40,15 +40,16 @@ DIGITS = 5  # significant ones of a measured number in the file
 PEERS = ("cut-cross-entropy", "liger-kernel", "openvino", "onnxruntime", "onnx")
 # What must be the same where a run is continued: anything else would put different machines or programs side by side.
 CONTINUED = (
-    "schema", "commit", "cpu", "cores", "gpus", "isa", "threads", "device", "versions", "environment", "settings"
+    "schema", "commit", "cpu", "cores", "gpus", "isa", "threads", "device", "versions", "environment", "settings",
+    "beside",
 )  # fmt: skip
-MACHINE = ("schema", "cpu", "gpus", "device")  # what the runs of one file have in common
+MACHINE = ("schema", "cpu", "gpus", "device", "beside")  # what the runs of one file have in common
 
 
 def new(
-    command: str, threads: int, settings: Settings, peaks: Mapping[str, float], device: str = "cpu"
+    command: str, threads: int, settings: Settings, peaks: Mapping[str, float], device: str = "cpu", beside: int = 0
 ) -> dict[str, Any]:
-    """A record without results."""
+    """A record without results. beside: the busy processes beside every measurement."""
     machine = doctor.machine()
     return {
         "schema": SCHEMA,
@@ -61,6 +62,7 @@ def new(
         "isa": machine["isa"],
         "threads": threads,
         "device": device,
+        "beside": beside,
         "versions": {"gpt4v_fast": gf.__version__, **doctor.versions(), **_peer_versions()},
         "environment": doctor.environment(),
         "load": {"before": load(), "after": None},
@@ -80,6 +82,11 @@ def _peer_versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def beside(head: Mapping[str, Any]) -> int:
+    """The busy processes beside a run: its numbers stand for a shared machine. Old records do not have the field."""
+    return int(head.get("beside", 0))
 
 
 def finish(record: dict[str, Any]) -> None:
@@ -171,13 +178,15 @@ def standing(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     timed = [row for row in rows if row["status"] == "timed" and row["median_ms"]]
     ours = min((row["median_ms"] for row in timed if row["ours"]), default=None)
     best = min((row for row in timed if not row["ours"]), key=lambda row: row["median_ms"], default=None)
-    ratio = best["median_ms"] / ours if best and ours else None
+    compared = [row for row in timed if row is best or (row["ours"] and row["median_ms"] == ours)]
+    single = best is not None and ours is not None and any(row["samples"] == 1 for row in compared)
+    ratio = best["median_ms"] / ours if best and ours and not single else None
     return {
         "best_peer": best["name"] if best else None,
         "ratio": ratio,
         # A row with a time and a reason has too few samples.
         "sure": ratio is not None and not any(row["reason"] for row in timed if row["ours"] or row is best),
-        "verdict": verdict(ratio, best["name"] if best else None),
+        "verdict": "no comparison: one sample" if single else verdict(ratio, best["name"] if best else None),
     }
 
 
@@ -188,8 +197,8 @@ def merged(stored: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: they are of different machines.
     """
     for name in MACHINE:
-        if stored[name] != new[name]:
-            raise ValueError(f"the record to merge: expected {name} {stored[name]!r}, got {new[name]!r}")
+        if stored.get(name, 0) != new.get(name, 0):
+            raise ValueError(f"the record to merge: expected {name} {stored.get(name, 0)!r}, got {new.get(name, 0)!r}")
     cases = {result_id(result): result for result in stored["results"]}
     for result in new["results"]:
         known = cases.get(result_id(result))
@@ -214,7 +223,7 @@ def continued(record: dict[str, Any], earlier: Mapping[str, Any]) -> dict[str, A
     if earlier.get("earlier"):
         raise ValueError("the record to continue: expected one run, got one of several")
     for name in CONTINUED:
-        now, then = (json.loads(text({name: x[name]})) for x in (record, earlier))
+        now, then = (json.loads(text({name: x.get(name, 0)})) for x in (record, earlier))
         if now != then:
             raise ValueError(f"the record to continue: expected {name} {now[name]}, got {then[name]}")
     return {**record, "date": earlier["date"], "results": list(earlier["results"])}
@@ -357,7 +366,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif args.command == "merge":
         write(merged(read(args.files[1]), first) if args.files[1].exists() else first, args.files[1])
     else:
-        pairs = compared(first, read(args.files[1]))
+        second = read(args.files[1])
+        if beside(first) != beside(second):
+            print(f"busy processes beside the runs: {beside(first)} -> {beside(second)}; not the kernels alone differ")
+        pairs = compared(first, second)
         for name, old_ms, new_ms in pairs:
             word = "  slower" if is_slower(old_ms, new_ms) else ""
             print(f"{name:<70} {old_ms:10.4f} -> {new_ms:10.4f} ms  {new_ms / old_ms:5.2f}x{word}")

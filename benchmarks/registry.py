@@ -6,6 +6,7 @@ with the reason, which is printed in place of a time.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -44,6 +45,10 @@ Function = Callable[[Inputs], Any]  # a forward pass: returns a tensor
 
 class Unavailable(RuntimeError):
     """Raised by a contender that can't run here; the message is the reason that is printed."""
+
+
+class NotInstalled(Unavailable):
+    """It could run here if it were installed."""
 
 
 class Expected(NamedTuple):
@@ -168,7 +173,7 @@ def cases(
     name, parts of them.
 
     Raises:
-        ValueError: an unknown op, dtype or direction, or filters that leave nothing.
+        ValueError: an unknown op, dtype, direction or name, or filters that leave nothing.
     """
     wanted_ops = _known("op", ops, MODULES)
     wanted_dtypes = _known("dtype", dtypes, DTYPES)
@@ -176,21 +181,27 @@ def cases(
     found: list[Case] = []
     for module in dict.fromkeys(module for op in wanted_ops for module in MODULES[op]):
         found += importlib.import_module(f".{module}", __package__).cases()
-    of_part = [case for case in found if case.part in PARTS[part]]
+    of_part = [case for case in found if case.part in PARTS[part] and case.op in wanted_ops]
     whole = {case.name for case in of_part}
-    chosen = [
-        case
-        for case in of_part
-        if case.op in wanted_ops
-        and case.dtype_name in wanted_dtypes
-        and case.direction in wanted_directions
-        and (names is None or any(case.name == name if name in whole else name in case.name for name in names))
-    ]
-    if not chosen:
-        known = ", ".join(dict.fromkeys(case.name for case in of_part))
-        asked = ", ".join([*(names or ["any"]), *wanted_dtypes, *wanted_directions])
-        raise ValueError(f"case: expected a part of one of {known}, in a dtype and direction it has, got {asked}")
+    fitting = [case for case in of_part if case.dtype_name in wanted_dtypes and case.direction in wanted_directions]
+    wanted = None if names is None else [(name, _named(name, whole)) for name in names]
+    for name, named in wanted or [("any", whole)]:
+        if not any(case.name in named for case in fitting):
+            here = ", ".join(dict.fromkeys(f"{x.dtype_name} {x.direction}" for x in of_part if x.name in named))
+            asked = f"{', '.join(wanted_dtypes)} {', '.join(wanted_directions)}"
+            raise ValueError(f"case {name}: expected a dtype and direction that it has ({here or 'none'}), got {asked}")
+    chosen = fitting if wanted is None else [x for x in fitting if any(x.name in named for _, named in wanted)]
     return chosen
+
+
+def _named(name: str, known: set[str]) -> set[str]:
+    """The cases of this name or, where none has it, those with it in their name."""
+    found = {name} if name in known else {other for other in known if name in other}
+    if not name or not found:
+        close = difflib.get_close_matches(name, sorted(known), n=5, cutoff=0.4)
+        hint = f"; close: {', '.join(close)}" if close else ""
+        raise ValueError(f"case: expected a part of a name that --list shows, got {name!r}{hint}")
+    return found
 
 
 def expanded(shapes: Iterable[Any], case: Callable[[Any, str, str], Case]) -> list[Case]:
@@ -219,13 +230,13 @@ def import_peers(*names: str, how: str = ' (pip install "gpt4v_fast[bench-peers]
     """The modules of a peer that is no dependency.
 
     Raises:
-        Unavailable: one is not installed; `how` says how to get it.
+        NotInstalled: one is not; `how` says how to get it.
     """
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:
         missing = (error.name or names[0]).split(".")[0]
-        raise Unavailable(f"{missing} is not installed{how}") from None
+        raise NotInstalled(f"{missing} is not installed{how}") from None
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ from itertools import pairwise
 from typing import Any
 
 from . import plots
-from .record import SAME
+from .record import SAME, beside
 
 FOLLOWS = 0.15  # how far time may be from the share of blocks that a mask leaves
 PAGES = 2**20  # extra memory below that is a few pages, and says nothing of growth
+NOT_RUN = {"not installed": "not installed", "unavailable": "cannot run"}  # by status, in words
 BUSY = 0.5  # load per core before a run above which its times are noise
 
 
@@ -52,7 +53,7 @@ def _rows(result: Mapping[str, Any]) -> list[str]:
 def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
     memory = [_bytes(row["extra_bytes"])] if row["extra_bytes"] is not None else []
     if row["status"] != "timed":
-        return [f"{row['status']}: {row['reason']}", *memory]
+        return [f"{NOT_RUN.get(row['status'], row['status'])}: {row['reason']}", *memory]
     share = row["share_of_peak"]
     cells = [
         f"{row['median_ms']:10.3f} ms",
@@ -67,6 +68,7 @@ def _cells(row: Mapping[str, Any], unit: str) -> list[str]:
         row["memory_reason"],
         row["reason"],
         f"{row['dropped']} samples dropped" if row["dropped"] else None,
+        "one sample" if row["samples"] == 1 else None,
     ]
     return cells + [note for note in notes if note]
 
@@ -76,10 +78,10 @@ def _bytes(extra: int) -> str:
 
 
 def _missing(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Peers that no case could run, with the reason."""
+    """Peers that no case could run, with the kind of reason and the reason."""
     rows = [row for r in results for row in r["contenders"]]
-    ran = {row["name"] for row in rows if row["status"] != "unavailable"}
-    return {row["name"]: row["reason"] for row in rows if row["name"] not in ran}
+    ran = {row["name"] for row in rows if row["status"] not in NOT_RUN}
+    return {row["name"]: f"{NOT_RUN[row['status']]}: {row['reason']}" for row in rows if row["name"] not in ran}
 
 
 def summary_text(record: Mapping[str, Any]) -> str:
@@ -99,7 +101,9 @@ def summary_text(record: Mapping[str, Any]) -> str:
         f"{same} the same, {len(results) - faster - same - slower} without comparison",
         f"{counted} samples counted, {dropped} dropped because the machine's peak moved around them",
     ]
-    lines += [f"  not run: {name}: {reason}" for name, reason in _missing(results).items()]
+    lines += [f"  {name}: {reason}" for name, reason in _missing(results).items()]
+    if beside(record):
+        lines.append(f"{beside(record)} busy processes ran beside it: times of a shared machine, every sample counted")
     before = record["load"]["before"]
     if before is not None and before[0] > BUSY * record["cores"] and not _on_gpu(record):
         lines.append(
@@ -185,6 +189,7 @@ def html_report(record: Mapping[str, Any]) -> str:
         "date": f"{record['date']} to {record.get('finished', '')}",
         "command": record["command"],
         "versions": ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version),
+        "beside": f"{beside(record)} busy processes",
         "load": f"{record['load']['before']} before, {record['load']['after']} after",
         "peaks": ", ".join(f"{name} {value:.0f}" for name, value in record["peaks"].items())
         + " (GFLOP/s, GFLOP/s, GB/s)",

@@ -14,8 +14,9 @@ import torch
 import gpt4v_fast as gf
 
 from . import check, gpu, memory, record, timing
+from .beside import busy_processes
 from .peaks import READ_BYTES, Peaks
-from .registry import Case, Chosen, Contender, Inputs, Outputs, Run, Unavailable
+from .registry import Case, Chosen, Contender, Inputs, NotInstalled, Outputs, Run, Unavailable
 
 LARGEST_SHARE = 0.85  # of the free memory: what is estimated to take more is not tried
 
@@ -67,6 +68,7 @@ def run_cases(
     settings: timing.Settings,
     read_bytes: int = READ_BYTES,
     device: str = "cpu",
+    beside: int = 0,
     command: str = "",
     earlier: Mapping[str, Any] | None = None,
     on_result: Callable[[Progress, dict[str, Any]], None] = lambda progress, record: None,
@@ -76,6 +78,7 @@ def run_cases(
     A fallback to the slow reference is an error here (strict mode), so that no time is taken of the wrong kernel.
 
     Args:
+        beside: busy processes that run while cases are timed; the peaks of the machine are taken without them.
         earlier: a record of the same machine, commit and settings that was stopped; its cases are kept, but for those
             of which too few samples counted.
         on_result: told after every case what the record is by then.
@@ -87,7 +90,7 @@ def run_cases(
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        made = record.new(command, threads, settings, peaks.measure_all(), device)
+        made = record.new(command, threads, settings, peaks.measure_all(), device, beside)
         if earlier is not None:
             made = record.continued(made, earlier)
         done = {record.result_id(result) for result in made["results"] if record.settled(result)}
@@ -96,6 +99,7 @@ def run_cases(
             gf.strict(),
             contextlib.closing(Progress(len(left))) as progress,
             contextlib.closing(memory.Server(threads)) as server,
+            busy_processes(beside),
         ):
             for case in left:
                 progress.start(case.id)
@@ -208,6 +212,8 @@ def checked(
         try:
             outputs = contender.make(case, check_inputs)()
             yield contender, check.check(outputs, expected, case.dtype), None
+        except NotInstalled as error:
+            yield contender, None, ("not installed", str(error))
         except Unavailable as error:
             yield contender, None, ("unavailable", str(error))
         except check.WrongResult as error:

@@ -7,7 +7,7 @@ contenders and probes the machine.
 import pytest
 
 import gpt4v_fast as gf
-from gpt4v_fast.benchmarks import registry, runner
+from gpt4v_fast.benchmarks import registry, report, runner
 
 CASES = [case for case in registry.cases(part="quick") if case.direction != "backward"]
 
@@ -25,7 +25,7 @@ def test_bench(benchmark, case, contender):
     with gf.strict():
         for checked, error, reason in runner.checked(case, case.make_inputs(), case.contenders_on("cpu")):
             if checked.name == contender.name:
-                if reason is not None and reason[0] == "unavailable":
+                if reason is not None and reason[0] in report.NOT_RUN:
                     pytest.skip(reason[1])
                 assert reason is None, reason
                 benchmark.extra_info["error"] = error

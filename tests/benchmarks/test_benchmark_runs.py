@@ -16,6 +16,7 @@ import torch
 from benchmark_cases import broken, make_case, right, run_fake, unavailable, wrong
 
 import gpt4v_fast as gf
+from gpt4v_fast import doctor
 from gpt4v_fast._native import _C
 from gpt4v_fast.benchmarks import command, memory, peaks, plots, record, registry, report, runner
 from gpt4v_fast.cli import main
@@ -39,7 +40,7 @@ class TestRunner:
         assert rows["broken"]["reason"] == "not on this processor"
         assert result["best_peer"] == "good" and result["ratio"] > 0
         text = report.case_text(result)
-        assert "refused: its result is wrong" in text and "unavailable: it is not installed" in text
+        assert "refused: its result is wrong" in text and "cannot run: it is not installed" in text
 
     def test_a_contender_over_the_limit_is_not_timed(self, monkeypatch):
         monkeypatch.setattr(command, "QUICK", replace(command.QUICK, slowest_s=-1.0))
@@ -190,7 +191,7 @@ class TestReport:
         made = record.new("", 1, command.QUICK, {"fma": 1.0, "dot_bf16": 2.0, "read": 3.0})
         made["results"] = [run_fake(monkeypatch, gpt4v_fast=right, absent=unavailable, bad=wrong)]
         text = report.summary_text(made)
-        assert "not run: absent: it is not installed" in text and "not run: bad" not in text
+        assert "  absent: cannot run: it is not installed" in text and "  bad: " not in text
 
     def test_memory_stands_in_the_row(self, monkeypatch):
         result = run_fake(monkeypatch, gpt4v_fast=right, peer=right)
@@ -219,11 +220,11 @@ class TestReport:
         assert "slower: attention fake fp32 forward: slower than peer" in report.summary_text(made)
 
     def test_few_samples_make_the_verdict_unsure(self, monkeypatch):
-        probes = iter([100.0] * 3 + [50.0, 100.0] * 9)  # the first two samples count, one of each
+        probes = iter([100.0] * 5 + [50.0, 100.0] * 9)  # the first four samples count, two of each
         machine = peaks.Peaks(1, 0.001, 2**20)
         monkeypatch.setattr(machine, "probe", lambda bound: lambda: next(probes))
         result = runner.run_case(make_case(gpt4v_fast=right, peer=right), machine, command.QUICK, runner.Progress(1))
-        assert result["contenders"][0]["reason"] == "only 1 of 3 samples counted"
+        assert result["contenders"][0]["reason"] == "only 2 of 3 samples counted"
         assert result["sure"] is False and "(unsure: too few samples counted)" in report.case_text(result)
         assert run_fake(monkeypatch, gpt4v_fast=right, peer=right)["sure"] is True
 
@@ -336,7 +337,7 @@ def test_quick_bench_from_the_command_line_to_the_record_and_the_page(tmp_path, 
     for result in made["results"]:
         assert {name: type(result[name]) for name in RESULT} == RESULT
         for row in result["contenders"]:
-            assert row["status"] in ("timed", "noisy") or (row["status"] == "unavailable" and not row["ours"]), row
+            assert row["status"] in ("timed", "noisy") or (row["status"] in report.NOT_RUN and not row["ours"]), row
             if row["status"] == "timed":
                 assert all(math.isfinite(row[name]) and row[name] >= 0 for name in TIMED)
                 assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
@@ -355,7 +356,14 @@ def test_quick_bench_from_the_command_line_to_the_record_and_the_page(tmp_path, 
     [
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--threads", "-1"], "--threads: expected at least 1, got -1"),
-        (["--case", "nothing"], "case: expected a part of one of"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--threads", "99999"], "--threads: expected at most"),
+        (["--budget", "0"], "--budget: expected seconds above 0, got 0"),
+        (["--budget", "nan"], "--budget: expected seconds above 0, got nan"),
+        (["--case", "nothing"], "case: expected a part of a name that --list shows, got 'nothing'"),
+        (["--case", "quick_casual"], "got 'quick_casual'; close: quick_causal"),
+        (["--case", "quick_causal", "--case", "quick_liner"], "got 'quick_liner'; close: quick_linear"),
+        (["--case", ""], "got ''"),
         (["--json", "no/such/folder/x.json"], "expected a path in an existing folder"),
         (["--resume", "no/such/folder/x.json"], "expected a path in an existing folder"),
         (["--resume", __file__], "expected a record of a benchmark, got"),
@@ -366,6 +374,18 @@ def test_bad_options_end_in_one_line(arguments, message, capsys):
     assert main(["bench", "--quick", *arguments]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_threads_of_the_environment_are_limited_too(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4 * doctor.usable_cores() + 1)
+    assert main(["bench", "--quick", "--list"]) == 2
+    assert "OMP_NUM_THREADS: expected at most" in capsys.readouterr().err
+
+
+def test_a_case_without_the_asked_dtype_says_which_it_has(capsys):
+    assert main(["bench", "--quick", "--case", "quick_decode", "--direction", "backward"]) == 2
+    error = capsys.readouterr().err
+    assert "case quick_decode: expected a dtype and direction that it has (fp32 forward" in error
 
 
 def test_the_modules_run_from_the_source_tree():

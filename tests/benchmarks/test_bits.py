@@ -68,6 +68,13 @@ def test_a_case_that_the_record_lacks_is_named(tmp_path, capsys):
     assert code == 1 and "attention/one, plain/bf16: not in the record" in printed and "2 of 3 cases" in printed
 
 
+def test_an_unknown_case_is_refused_not_passed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(capsys, "--op", "cross_entropy", "--case", "N 3, V 71, mean/fp32", "--list")
+    assert stop.value.code == 2
+    assert "N 3, V 17, mean/fp32" in capsys.readouterr().err
+
+
 def test_bits_that_depend_on_the_threads_are_an_error():
     case = bits.BitsCase("attention", "made up", "fp32", lambda draw: {"x": torch.tensor(torch.get_num_threads())})
     before = torch.get_num_threads()

@@ -62,7 +62,9 @@ PIPED = [sys.executable, "-c", "import sys; from gpt4v_fast.cli import main; sys
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a pipe of POSIX")
-@pytest.mark.parametrize("arguments", [["doctor"], ["--help"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["doctor"], ["--help"], ["--version"], ["bench", "--quick", "--list"]], ids=" ".join
+)
 def test_a_reader_that_leaves_is_no_error(arguments):
     read, write = os.pipe()
     os.close(read)
@@ -73,8 +75,9 @@ def test_a_reader_that_leaves_is_no_error(arguments):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 @pytest.mark.parametrize("flags", [[], ["--json"]], ids=["text", "json"])
-def test_chinese_in_a_latin_locale(flags, tmp_path):
+def test_chinese_where_the_output_lacks_it(flags, encoding, tmp_path):
     from PIL import Image
 
     Image.new("L", (8, 8)).save(tmp_path / "digit.png")
@@ -83,10 +86,10 @@ def test_chinese_in_a_latin_locale(flags, tmp_path):
         "demo.ask = lambda *args: '是7。'; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "ask", str(tmp_path / "digit.png"), "几？", *flags]
-    settings = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    settings = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run(command, capture_output=True, env=settings, timeout=240)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.decode("latin-1")
+    said = done.stdout.decode(encoding)
     assert json.loads(said)["answer"] == "是7。" if flags else said == "\\u662f7\\u3002\n"
 
 

@@ -255,14 +255,26 @@ def test_a_strict_editable_install_is_seen_by_type_checkers(checkout, python, qu
         assert (package / name).resolve().is_relative_to(checkout)
 
 
+PROJECT = (ROOT / "pyproject.toml").read_text()
+DECLARED = [int(minor) for minor in re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', PROJECT)]
+
+
+def test_the_declared_pythons_agree():
+    """The oldest is what requires-python and ruff's target say, and none between is left out."""
+    (oldest,) = re.findall(r'^requires-python = ">=3\.(\d+)"$', PROJECT, flags=re.MULTILINE)
+    assert list(range(int(oldest), DECLARED[-1] + 1)) == DECLARED
+    assert f'target-version = "py3{oldest}"' in PROJECT
+
+
 def other_pythons():
-    """The oldest and newest declared, and those between: each that is on the PATH or installed by pyenv."""
+    """Every declared version but this one, as it is on the PATH or installed by pyenv; a missing one is skipped."""
     root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
-    for minor in range(10, 15):
+    for minor in DECLARED:
         found = sorted(root.glob(f"versions/3.{minor}.*/bin/python"))
         path = str(found[-1]) if found else shutil.which(f"python3.{minor}")
-        if path and minor != sys.version_info.minor:
-            yield pytest.param(path, id=f"3.{minor}")
+        missing = pytest.mark.skipif(path is None, reason=f"Python 3.{minor} is not installed here")
+        if minor != sys.version_info.minor:
+            yield pytest.param(path, id=f"3.{minor}", marks=missing)
 
 
 LOAD = """
