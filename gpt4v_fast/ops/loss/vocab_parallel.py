@@ -159,21 +159,21 @@ def forward(call: Any, raises: bool, remember: Callable[[torch.Tensor], None]) -
     # Nothing raises before the first all-reduce: the other processes would wait there.
     none_counted = torch.full_like(target, ignore_index)
     work = plan(none_counted if raises and bad.any() else target, call, shards)
-    share, lse, argmax = _run_local(work, call.run_rows)
+    share, own, argmax = _run_local(work, call.run_rows)
 
     options = (ignore_index, call.label_smoothing, call.softcap)
     same = (shards.sizes, options, call.class_weight is None, not call.with_argmax, target.numel(), *call.differs)
     checks = [bad.any().to(torch.int64), *_both_signs(_label_sum(target)), *_both_signs(_hash(same, target.device))]
-    keys = [_ordered(lse.high.float())]
+    keys = [_ordered(own.high.float())]
     if call.with_argmax:
-        best = call.logit_at(argmax) if work.calls else torch.full_like(lse.high, -torch.inf, dtype=torch.float32)
+        best = call.logit_at(argmax) if work.calls else torch.full_like(own.high, -torch.inf, dtype=torch.float32)
         keys.append(_ordered(best) * _LOW + (_LOW - 1 - (argmax + shards.start)))
     largest = _all_reduce(torch.cat([torch.stack(checks), *keys]), dist.ReduceOp.MAX, shards)
     differs = largest[1:5:2] != -largest[2:5:2]
     if raises:
         _raise_together(largest[0], differs, target, V, ignore_index, call.shift)
-    keys = list(largest[5:].reshape(len(keys), len(lse.high)))
-    nll, (lse, lse_low), label_weight, weight_sum = _sums(work, share, lse, _from_ordered(keys[0]), call, shards)
+    keys = list(largest[5:].reshape(len(keys), len(own.high)))
+    nll, (lse, lse_low), label_weight, weight_sum = _sums(work, share, own, _from_ordered(keys[0]), call, shards)
     if not raises:
         nll, lse = (torch.where(differs.any(), torch.nan, x) for x in (nll, lse))
     best_column = _LOW - 1 - (keys[-1] & (_LOW - 1)) if call.with_argmax else -1
