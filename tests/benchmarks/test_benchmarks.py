@@ -303,7 +303,9 @@ class TestCheck:
         """Wrong in one output each: half of it; rows in each other's place; of 8, 11, 24 bits only 2, 6, 11."""
         inputs = case.make_inputs()
         for contender, error, reason in runner.checked(case, inputs, case.contenders_on("cpu")):
-            assert (error is not None and error <= 1) or (reason[0] == "unavailable" and not contender.ours), contender
+            assert (error is not None and error <= 1) or (
+                reason[0] in ("unavailable", "not installed") and not contender.ours
+            ), contender
         expected, right = case.expected(inputs), case.contenders[0].make(case, inputs)()
         bits = {torch.float32: 11, torch.bfloat16: 2, torch.float16: 6}[case.dtype]
         for name in {part.name for part in expected}:
