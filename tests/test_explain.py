@@ -18,6 +18,8 @@ from gpt4v_fast import backends
 from gpt4v_fast._native import _C
 from gpt4v_fast.ops.loss import labels, rows
 
+pytestmark = pytest.mark.filterwarnings("ignore::gpt4v_fast.FallbackWarning")
+
 FP32, BF16 = torch.float32, torch.bfloat16
 
 # What `explain` calls a kernel -> the functions that run forward, and backward.
