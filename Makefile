@@ -69,7 +69,7 @@ test-sanitized:
 		ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		PYTHONPATH=$(SANITIZED) $(BIN)/pytest -q -m "not slow" -k "not compile and not gradcheck" --timeout=900 \
 		$(addprefix tests/native/test_,native.py plain_calls.py wide_integers.py) \
-		$(addprefix tests/attention/test_attention,.py _varlen.py _kvcache.py) \
+		$(addprefix tests/attention/test_attention,.py _varlen.py _kvcache.py _kvcache_refusals.py) \
 		$(addprefix tests/loss/test_,cross_entropy.py linear_cross_entropy.py linear_cross_entropy_gradients.py \
 			kept_logits.py inplace_backward.py) \
 		tests/patch_embed/test_patch_embed.py

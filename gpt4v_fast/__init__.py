@@ -19,7 +19,10 @@ from typing import Any
 # beside it, and setuptools' finder for editable installs does not serve kernels/, a folder without __init__.py.
 __path__ = [*__path__, *(str(Path(p).parent) for p in __path__ if not Path(p, "kernels").is_dir())]
 
-from gpt4v_fast import _command_environment  # noqa: F401 (first: it acts before anything imports torch)
+from gpt4v_fast import _command_environment
+
+_command_environment.prepare()  # before anything imports torch
+
 from gpt4v_fast.backends import FallbackError, FallbackWarning, explain, force, strict
 from gpt4v_fast.masks import Mask
 from gpt4v_fast.ops.attention import attention, attention_kvcache, attention_varlen

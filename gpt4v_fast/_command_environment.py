@@ -25,6 +25,3 @@ def prepare(
     is_command = script in ("gpt4v-fast", "gpt4v-fast.exe") or (script == "-m" and "gpt4v_fast.cli" in started_as)
     if is_command and len(argv) > 1 and argv[1] in WAIT_ASLEEP and "GOMP_SPINCOUNT" not in environment:
         environment.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-prepare()

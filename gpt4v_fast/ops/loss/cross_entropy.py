@@ -136,7 +136,7 @@ def cross_entropy(
     if logits.dim() == 0 or (logits.shape[-1] == 0 and process_group is None):
         raise ValueError(f"logits: expected shape (..., V) with V at least 1, got {tuple(logits.shape)}")
     V = logits.shape[-1]
-    if logits.dim() > 2 and isinstance(target, torch.Tensor):
+    if isinstance(target, torch.Tensor) and target.shape != logits.shape[:-1]:
         _check_classes_last(logits, target)
     target = labels.check_target(target, tuple(logits.shape[:-1]), f"logits {tuple(logits.shape)}", logits)
     options = arguments.check_options(
@@ -162,7 +162,7 @@ def cross_entropy(
 
 def _check_classes_last(logits: torch.Tensor, target: torch.Tensor) -> None:
     shape, labels_shape = tuple(logits.shape), tuple(target.shape)
-    if labels_shape != shape[:-1] and labels_shape == (shape[0], *shape[2:]):
+    if len(shape) > 2 and labels_shape == (shape[0], *shape[2:]):
         raise ValueError(
             f"logits: expected shape (..., V), the classes last, got {shape} for target {labels_shape}, the classes "
             "second as for F.cross_entropy: logits.movedim(1, -1) has them last"
